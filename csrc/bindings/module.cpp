@@ -1,0 +1,63 @@
+// tml_core._ext: the compiled module. Each file of csrc/bindings registers one room of it.
+#include "bindings/module.h"
+
+#include <nanobind/nanobind.h>
+
+#include <exception>
+
+#include "bindings/tensor.h"
+#include "core/contract.h"
+#include "core/isa.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// Our argument errors arrive as the package's own classes, each also the builtin it refines.
+void translate(const std::exception_ptr& error, void*) {
+  const auto raise = [](const char* name, const char* message) {
+    const nb::object type = nb::module_::import_("tml_core.errors").attr(name);
+    PyErr_SetString(type.ptr(), message);
+  };
+  try {
+    std::rethrow_exception(error);
+  } catch (const tml::ArgumentTypeError& e) {
+    raise("InvalidType", e.what());
+  } catch (const std::invalid_argument& e) {
+    raise("InvalidArgument", e.what());
+  }
+}
+
+}  // namespace
+
+NB_MODULE(_ext, m) {
+  m.doc() = "Compiled kernels of tml_core; use tml_core.ops, which checks and documents them.";
+  nb::register_exception_translator(translate);
+
+  m.attr("CONTRACT_VERSION") = tml::contract::kVersion;
+  m.attr("PAGE_LEN") = tml::contract::kPageLen;
+  m.attr("SEGMENT_LEN") = tml::contract::kSegmentLen;
+  m.attr("CONV_TAPS") = tml::contract::kConvTaps;
+  m.attr("VOCAB_BLOCK") = tml::contract::kVocabBlock;
+  m.attr("PANEL") = tml::contract::kPanel;
+  m.attr("LANES") = tml::contract::kLanes;
+#ifdef TML_WITH_CUDA
+  m.attr("WITH_CUDA") = true;
+#else
+  m.attr("WITH_CUDA") = false;
+#endif
+
+  m.def("isa", [] { return tml::isa_name(tml::active_isa()); },
+        "Instruction set of the CPU kernels: scalar, avx2, avx512 or avx512bf16.");
+  m.def("set_isa", &tml::set_isa, nb::arg("name"));
+  m.def("supported_isas", [] {
+    nb::list names;
+    for (int level = 0; level < tml::kNumIsas; ++level)
+      if (tml::isa_supported(static_cast<tml::Isa>(level)))
+        names.append(tml::isa_name(static_cast<tml::Isa>(level)));
+    return names;
+  });
+
+  tml::bind_memory(m);
+  tml::bind_linear(m);
+}

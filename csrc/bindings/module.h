@@ -1,0 +1,11 @@
+// The rooms of the compiled module; each is defined in the file of its name.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace tml {
+
+void bind_memory(nanobind::module_& m);
+void bind_linear(nanobind::module_& m);
+
+}  // namespace tml

@@ -1,0 +1,8 @@
+// Every op with a CPU kernel: its name and its contract. Adding an op is one include and one line.
+#pragma once
+
+#include "ops/linear.h"
+
+#define TML_CPU_OPS(X)               \
+  X(pack_weight, PackWeightParams)   \
+  X(linear, LinearParams)

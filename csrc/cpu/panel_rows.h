@@ -1,0 +1,93 @@
+// Tiles of token rows against runs of weight panels: the shared middle of linear, MoE and the head.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/panel.h"
+
+namespace tml::cpu::TML_ISA_NS {
+
+// num_rows cut into the fewest tiles of at most kTileRows, as even as possible.
+struct TileSplit {
+  explicit TileSplit(std::int64_t num_rows)
+      : num_rows(num_rows), count((num_rows + kTileRows - 1) / kTileRows) {}
+  std::int64_t begin(std::int64_t tile) const { return num_rows * tile / count; }
+  int rows(std::int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
+  std::int64_t num_rows, count;
+};
+
+// The k-step of one row: an fp32, or a pair of bf16 (zero past an odd end).
+TML_INLINE KStep k_step(const float* row, std::int64_t k, std::int64_t) { return bits_of(row[k]); }
+TML_INLINE KStep k_step(const std::uint16_t* row, std::int64_t k, std::int64_t in_dim) {
+  if (2 * k + 1 < in_dim) {
+    KStep step;
+    std::memcpy(&step, row + 2 * k, 4);
+    return step;
+  }
+  return row[2 * k];
+}
+
+// packed[k * num_rows + m] = k-step k of row_of(m).
+template <class T, class RowOf>
+void pack_rows(KStep* packed, int num_rows, std::int64_t in_dim, const RowOf& row_of) {
+  const std::int64_t num_steps = sizeof(T) == 2 ? (in_dim + 1) / 2 : in_dim;
+  for (int m = 0; m < num_rows; ++m) {
+    const T* row = row_of(m);
+    for (std::int64_t k = 0; k < num_steps; ++k) packed[k * num_rows + m] = k_step(row, k, in_dim);
+  }
+}
+
+template <bool kBf16, int kRows, class Emit>
+void multiply_panels_fixed(const KStep* weight, std::int64_t panel_steps, std::int64_t begin,
+                           std::int64_t end, const KStep* x, std::int64_t num_steps,
+                           const KStep* after, const Emit& emit) {
+  constexpr std::ptrdiff_t kPanel = contract::kPanel;
+  std::int64_t panel = begin;
+  if constexpr (kRows <= kWideRows) {
+    for (; panel + 2 <= end; panel += 2) {
+      const KStep* first = weight + panel * panel_steps;
+      const KStep* second = first + panel_steps;
+      const KStep* const w[4] = {first, first + 16, second, second + 16};
+      Vec acc[kRows][4];
+      for (auto& row : acc)
+        for (Vec& a : row) a = zero();
+      panel_tile<kBf16, kRows, 4, 0>(w, kPanel, x, kRows, num_steps, acc);
+      for (int m = 0; m < kRows; ++m)
+        for (int v = 0; v < 4; ++v) emit(m, panel + v / 2, v % 2, acc[m][v]);
+    }
+  }
+  for (; panel < end; ++panel) {
+    const KStep* base = weight + panel * panel_steps;
+    const KStep* const w[2] = {base, base + 16};
+    Vec acc[kRows][2];
+    for (auto& row : acc)
+      for (Vec& a : row) a = zero();
+    (void)after;
+    panel_tile<kBf16, kRows, 2, 0>(w, kPanel, x, kRows, num_steps, acc);
+    for (int m = 0; m < kRows; ++m)
+      for (int v = 0; v < 2; ++v) emit(m, panel, v, acc[m][v]);
+  }
+}
+
+// Every row of a packed tile times panels [begin, end); emit(row, panel, vec, acc) gets each vector
+// of sixteen outputs once. `after` is the weight memory this thread reads next, if it is known.
+template <bool kBf16, class Emit>
+void multiply_panels(const KStep* weight, std::int64_t panel_steps, std::int64_t begin,
+                     std::int64_t end, const KStep* x, int num_rows, std::int64_t num_steps,
+                     const KStep* after, const Emit& emit) {
+  switch (num_rows) {
+#define TML_ROWS(rows)                                                                      \
+  case rows:                                                                                \
+    if constexpr (rows <= kTileRows)                                                        \
+      multiply_panels_fixed<kBf16, rows>(weight, panel_steps, begin, end, x, num_steps, after, \
+                                         emit);                                             \
+    break;
+    TML_ROWS(1) TML_ROWS(2) TML_ROWS(3) TML_ROWS(4) TML_ROWS(5) TML_ROWS(6)
+    TML_ROWS(7) TML_ROWS(8) TML_ROWS(9) TML_ROWS(10) TML_ROWS(11) TML_ROWS(12)
+#undef TML_ROWS
+    default:
+      break;
+  }
+}
+
+}  // namespace tml::cpu::TML_ISA_NS
