@@ -58,7 +58,7 @@ Tensor::Tensor(nb::handle object, const char* op, const char* name) : op_(op), n
   if (api == nullptr) {
     const nb::object type_name = nb::steal(PyType_GetName(type));
     throw ArgumentTypeError(where + " must be a torch.Tensor, got " +
-                            nb::cast<std::string>(nb::str(type_name)));
+                            nb::str(type_name).c_str());
   }
   if (api->dltensor_from_py_object_no_sync(object.ptr(), &view_) != 0) {
     PyErr_Clear();
