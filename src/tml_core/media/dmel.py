@@ -52,7 +52,9 @@ class DmelConfig:
                 f"DmelConfig.window: expected at least hop = {self.hop}, got {self.window}"
             )
         if self.num_levels < 2:
-            raise InvalidArgument(f"DmelConfig.num_levels: expected at least 2, got {self.num_levels}")
+            raise InvalidArgument(
+                f"DmelConfig.num_levels: expected at least 2, got {self.num_levels}"
+            )
         if not self.min_log10 < self.max_log10:
             raise InvalidArgument(
                 "DmelConfig.min_log10: expected less than max_log10 = "
@@ -222,7 +224,10 @@ def _frame_levels(samples_W: Pcm, tables: _Tables) -> NDArray[np.intp]:
     power = spectrum.real * spectrum.real + spectrum.imag * spectrum.imag
     magnitude = np.sqrt(np.maximum(power, _POWER_FLOOR))
     energy_M = (magnitude[tables.index_MK] * tables.weight_MK).sum(axis=1)
-    return np.searchsorted(tables.thresholds, np.maximum(energy_M, _ENERGY_FLOOR), side="left")
+    levels_M: NDArray[np.intp] = np.searchsorted(
+        tables.thresholds, np.maximum(energy_M, _ENERGY_FLOOR), side="left"
+    )
+    return levels_M
 
 
 def _frozen(array: Pcm) -> Pcm:

@@ -1,0 +1,48 @@
+"""Sound and pictures to what a model takes, and back to files; no model code.
+
+PCM to dMel levels (dmel), pictures to patches (patches), files (audio_file, video_file), 200 ms
+pieces (micro_turns), the pieces of a sequence (segments), bundled clips (clips).
+"""
+
+from tml_core.media.audio_file import (
+    SAMPLE_RATE,
+    audio_blocks,
+    read_audio,
+    resample_blocks,
+    write_wav,
+)
+from tml_core.media.clips import Clips, clips
+from tml_core.media.dmel import DmelConfig, DmelState, DmelStream, dmel_bins
+from tml_core.media.micro_turns import TICK_MS, TICK_SAMPLES, MicroTurn, micro_turns
+from tml_core.media.patches import PATCH_SIZE, image_patches, num_patches
+from tml_core.media.segments import Audio, Block, Image, Segment, Tokens
+from tml_core.media.video_file import DEFAULT_MAX_EDGE, VideoReader, fit_frame
+
+__all__ = [
+    "DEFAULT_MAX_EDGE",
+    "PATCH_SIZE",
+    "SAMPLE_RATE",
+    "TICK_MS",
+    "TICK_SAMPLES",
+    "Audio",
+    "Block",
+    "Clips",
+    "DmelConfig",
+    "DmelState",
+    "DmelStream",
+    "Image",
+    "MicroTurn",
+    "Segment",
+    "Tokens",
+    "VideoReader",
+    "audio_blocks",
+    "clips",
+    "dmel_bins",
+    "fit_frame",
+    "image_patches",
+    "micro_turns",
+    "num_patches",
+    "read_audio",
+    "resample_blocks",
+    "write_wav",
+]
