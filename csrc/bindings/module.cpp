@@ -60,4 +60,5 @@ NB_MODULE(_ext, m) {
 
   tml::bind_memory(m);
   tml::bind_linear(m);
+  tml::bind_moe(m);
 }

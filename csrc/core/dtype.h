@@ -8,7 +8,8 @@ namespace tml {
 
 enum class DType : std::uint8_t { kF32, kBf16, kI32, kI64, kU8 };
 
-constexpr std::size_t size_of(DType dtype) {
+// Internal linkage: kernel files are compiled per instruction set and must not share bodies.
+static constexpr std::size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kF32:
     case DType::kI32:
@@ -23,7 +24,7 @@ constexpr std::size_t size_of(DType dtype) {
   return 0;
 }
 
-constexpr const char* name_of(DType dtype) {
+static constexpr const char* name_of(DType dtype) {
   switch (dtype) {
     case DType::kF32:
       return "float32";
@@ -40,10 +41,10 @@ constexpr const char* name_of(DType dtype) {
 }
 
 // Packed operands are arrays of 32-bit k-steps: two bf16 of consecutive k, or one fp32.
-constexpr std::int64_t num_k_steps(DType dtype, std::int64_t k) {
+static constexpr std::int64_t num_k_steps(DType dtype, std::int64_t k) {
   return dtype == DType::kBf16 ? (k + 1) / 2 : k;
 }
 
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+static constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace tml

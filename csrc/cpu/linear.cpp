@@ -2,7 +2,6 @@
 // tile is one cache line; a thread owns a range of weight panels and streams them once.
 #include "ops/linear.h"
 
-#include "core/memory.h"
 #include "cpu/cpu.h"
 #include "cpu/panel_rows.h"
 #include "cpu/parallel.h"
@@ -11,8 +10,6 @@ namespace tml::cpu::TML_ISA_NS {
 namespace {
 
 constexpr std::int64_t kPanel = contract::kPanel;
-// Panels a thread reuses across token tiles stay inside this many bytes of its L2 cache.
-constexpr std::int64_t kReuseBytes = 384 << 10;
 // Below this much work a second thread costs more than it saves.
 constexpr std::int64_t kMinParallelBytes = 96 << 10;
 
@@ -27,9 +24,6 @@ void linear_typed(const LinearParams& p) {
   const TileSplit tiles(p.num_tokens);
   auto* packed = static_cast<KStep*>(
       scratch(Scratch::kOp, static_cast<std::size_t>(p.num_tokens * num_steps) * sizeof(KStep)));
-  const std::int64_t reuse =
-      tiles.count == 1 ? num_panels
-                       : std::max<std::int64_t>(1, kReuseBytes / (panel_steps * 4));
   const bool small = num_panels * panel_steps * 4 * tiles.count < kMinParallelBytes;
   parallel(small ? 1 : p.num_threads, [&](int thread, int num_threads) {
     const Range own_tiles = split(tiles.count, thread, num_threads);
@@ -40,24 +34,16 @@ void linear_typed(const LinearParams& p) {
 #pragma omp barrier
     }
     const Range panels = split(num_panels, thread, num_threads);
-    for (std::int64_t chunk = panels.begin; chunk < panels.end; chunk += reuse) {
-      const std::int64_t chunk_end = std::min(chunk + reuse, panels.end);
-      for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
-        const KStep* tile_x = packed + tiles.begin(tile) * num_steps;
-        const bool last_tile = tile + 1 == tiles.count;
-        multiply_panels<sizeof(T) == 2>(
-            weight, panel_steps, chunk, chunk_end, tile_x, tiles.rows(tile), num_steps,
-            last_tile ? weight + chunk_end * panel_steps : nullptr,
-            [&](int m, std::int64_t panel, int vec, Vec acc) {
-              const std::int64_t n = panel * kPanel + vec * 16;
-              Y* out = y + (tiles.begin(tile) + m) * p.y_row_stride + n;
-              if (n + 16 <= p.out_dim)
-                store_rounded(out, acc);
-              else if (n < p.out_dim)
-                store_first_rounded(out, acc, static_cast<int>(p.out_dim - n));
-            });
-      }
-    }
+    multiply_tiles<sizeof(T) == 2>(
+        weight, num_steps, panels.begin, panels.end, packed, p.num_tokens,
+        [&](std::int64_t t, std::int64_t panel, int vec, Vec acc) {
+          const std::int64_t n = panel * kPanel + vec * 16;
+          Y* out = y + t * p.y_row_stride + n;
+          if (n + 16 <= p.out_dim)
+            store_rounded(out, acc);
+          else if (n < p.out_dim)
+            store_first_rounded(out, acc, static_cast<int>(p.out_dim - n));
+        });
   });
 }
 

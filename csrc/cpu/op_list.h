@@ -2,7 +2,9 @@
 #pragma once
 
 #include "ops/linear.h"
+#include "ops/moe.h"
 
 #define TML_CPU_OPS(X)               \
   X(pack_weight, PackWeightParams)   \
-  X(linear, LinearParams)
+  X(linear, LinearParams)            \
+  X(moe, MoeParams)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/memory.h"
 #include "cpu/panel.h"
 
 namespace tml::cpu::TML_ISA_NS {
@@ -88,6 +89,48 @@ void multiply_panels(const KStep* weight, std::int64_t panel_steps, std::int64_t
     default:
       break;
   }
+}
+
+// Panels a thread reuses across token tiles stay inside this many bytes of its L2 cache.
+inline constexpr std::int64_t kReuseBytes = 384 << 10;
+
+// Every tile of num_rows packed rows times panels [begin, end) of one weight: emit(row, panel, vec,
+// acc). A panel is read from memory once; later tiles find it in the cache.
+template <bool kBf16, class Emit>
+void multiply_tiles(const KStep* weight, std::int64_t num_steps, std::int64_t begin,
+                    std::int64_t end, const KStep* packed, std::int64_t num_rows,
+                    const Emit& emit) {
+  const TileSplit tiles(num_rows);
+  const std::int64_t panel_steps = num_steps * contract::kPanel;
+  const std::int64_t panel_bytes = panel_steps * static_cast<std::int64_t>(sizeof(KStep));
+  const std::int64_t reuse =
+      tiles.count == 1 ? end - begin : std::max<std::int64_t>(1, kReuseBytes / panel_bytes);
+  for (std::int64_t chunk = begin; chunk < end; chunk += reuse) {
+    const std::int64_t chunk_end = std::min(chunk + reuse, end);
+    for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
+      const std::int64_t first = tiles.begin(tile);
+      multiply_panels<kBf16>(weight, panel_steps, chunk, chunk_end, packed + first * num_steps,
+                             tiles.rows(tile), num_steps, nullptr,
+                             [&](int m, std::int64_t panel, int vec, Vec acc) {
+                               emit(first + m, panel, vec, acc);
+                             });
+    }
+  }
+}
+
+// num_rows rows packed tile by tile into the thread's scratch, as multiply_tiles reads them.
+template <class T, class RowOf>
+const KStep* pack_tiles(std::int64_t num_rows, std::int64_t in_dim, const RowOf& row_of) {
+  const std::int64_t num_steps = sizeof(T) == 2 ? (in_dim + 1) / 2 : in_dim;
+  const TileSplit tiles(num_rows);
+  auto* packed = static_cast<KStep*>(scratch(
+      Scratch::kThread, static_cast<std::size_t>(num_rows * num_steps) * sizeof(KStep)));
+  for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
+    const std::int64_t first = tiles.begin(tile);
+    pack_rows<T>(packed + first * num_steps, tiles.rows(tile), in_dim,
+                 [&](int m) { return row_of(first + m); });
+  }
+  return packed;
 }
 
 }  // namespace tml::cpu::TML_ISA_NS
