@@ -50,12 +50,12 @@ NB_MODULE(_ext, m) {
   m.def("isa", [] { return tml::isa_name(tml::active_isa()); },
         "Instruction set of the CPU kernels: scalar, avx2, avx512 or avx512bf16.");
   m.def("set_isa", &tml::set_isa, nb::arg("name"));
-  m.def("supported_isas", [] {
+  m.def("supported_isas", []() -> nb::typed<nb::list, nb::str> {
     nb::list names;
     for (int level = 0; level < tml::kNumIsas; ++level)
       if (tml::isa_supported(static_cast<tml::Isa>(level)))
         names.append(tml::isa_name(static_cast<tml::Isa>(level)));
-    return names;
+    return nb::typed<nb::list, nb::str>(names);
   });
 
   tml::bind_memory(m);
