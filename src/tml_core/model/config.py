@@ -2,23 +2,27 @@
 
 Two spellings of the same architecture are read: the one transformers writes and the one the hub
 releases use. Whatever could change the forward pass is either read, or required to have the one
-value this package implements, or refused by name; a key that is missing is never guessed when the
-published implementations disagree on its default.
+value this package implements, or refused by name; a missing key on whose default the published
+implementations disagree is an error, not a guess.
 """
 
-import functools
-import itertools
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Final, NoReturn
-
-import torch
+from typing import Any, Final
 
 from tml_core.contract import CONV_TAPS
 from tml_core.errors import CheckpointError, InvalidArgument, Unsupported
+from tml_core.model.config_block import (
+    IGNORED_KEYS,
+    IGNORED_TEXT_KEYS,
+    IGNORED_VISION_KEYS,
+    REQUIRED,
+    Block,
+    refuse,
+)
+from tml_core.model.hmlp_plan import HmlpLayer, plan_hmlp
 
 __all__ = [
     "CONTROL_TOKEN_NAMES",
@@ -33,12 +37,13 @@ __all__ = [
     "bundled_path",
 ]
 
-# The encoders' norms have a fixed epsilon in every implementation; their config keys are not read.
+# The encoders' norms have this epsilon in every implementation, whatever the config says.
 ENCODER_NORM_EPS: Final = 1e-6
-TICK_MS: Final = 200
-LAYOUT_VERSION: Final = 1
 
-# Spelling of the control tokens of micro-turn layout v1 in a tokenizer's vocabulary.
+LAYOUT_VERSION: Final = 1
+TICK_MS: Final = 200
+
+# How a tokenizer spells the control tokens of micro-turn layout v1.
 CONTROL_TOKEN_NAMES: Final[Mapping[str, str]] = {
     "tick": "<|tick|>",
     "out": "<|out|>",
@@ -49,53 +54,15 @@ CONTROL_TOKEN_NAMES: Final[Mapping[str, str]] = {
     "end_call": "<|/call|>",
 }
 
-_REQUIRED: Final = object()
-_ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
-    # canonical (transformers) key: other spellings seen in checkpoints
-    "conv_kernel_size": ("sconv_kernel_size",),
-    "dmel_max_value": ("dmel_max",),
-    "dmel_min_value": ("dmel_min",),
-    "logits_mup_width_multiplier": ("embedding_multiplier",),
-    "max_position_embeddings": ("model_max_length",),
-    "mel_vocab_size": ("codebook_size",),
-    "n_layers": ("num_hidden_layers",),
-    "n_mel_bins": ("num_codebooks",),
-    "n_routed_experts": ("num_local_experts",),
-    "num_channels": ("n_channels",),
-    "sliding_window_size": ("sliding_window",),
-    "text_hidden_size": ("decoder_dmodel",),
-}
-# Keys that never reach the forward pass: bookkeeping of the writing library, generation defaults,
-# training-only values, and the multi-token-prediction heads, which are not part of the backbone.
-_IGNORED_ANYWHERE: Final = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
-    architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
-    initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_router_logits output_scores pad_token_id prefix problem_type
-    pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k
-    top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
-    """.split()
-)
-_IGNORED_TEXT: Final = frozenset(
-    """
-    attention_dropout chain_hidden_post_norm mtp_hidden_states_first mtp_local_extent
-    mtp_local_layer_ids mtp_swa_head_dim mtp_swa_num_attention_heads mtp_swa_num_key_value_heads
-    num_mtp_layers num_nextn_predict_layers number_of_conv_states rms_norm_eps_moe_gate
-    """.split()
-)
-# The vision tower is an MLP; transformers still writes the sizes of a transformer there.
-_IGNORED_VISION: Final = frozenset({"hidden_size", "num_attention_heads"})
-
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder: sizes per layer kind, attention, router and head."""
+    """The decoder. Global and sliding (``swa_``) layers have their own head counts and widths.
+
+    ``dense_width`` and ``expert_width`` are the inner widths of a dense layer's MLP and of one
+    expert; ``mup`` divides the final hidden state; the query scale of global layers grows with
+    ``log(position / log_scaling_floor)`` unless that is None.
+    """
 
     vocab_size: int
     unpadded_vocab_size: int
@@ -126,29 +93,29 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         for name in ("layer_is_sliding", "layer_is_dense"):
-            if len(getattr(self, name)) != self.num_layers:
-                got = len(getattr(self, name))
-                _refuse("text_config", f"{name} must have {self.num_layers} entries, got {got}")
+            length = len(getattr(self, name))
+            if length != self.num_layers:
+                refuse("TextConfig", f"{name} must have {self.num_layers} entries, got {length}")
         if not 1 <= self.unpadded_vocab_size <= self.vocab_size:
-            _refuse(
-                "text_config",
+            refuse(
+                "TextConfig",
                 f"unpadded_vocab_size must be 1 to vocab_size = {self.vocab_size}, "
                 f"got {self.unpadded_vocab_size}",
             )
-        for kind in ("", "swa_"):
-            heads = getattr(self, f"{kind}num_heads")
-            kv_heads = getattr(self, f"{kind}num_kv_heads")
-            if heads % kv_heads:
-                _refuse(
-                    "text_config",
-                    f"{kind}num_attention_heads must be a multiple of {kind}num_key_value_heads = "
-                    f"{kv_heads}, got {heads}",
+        for num_heads, num_kv_heads, kind in (
+            (self.num_heads, self.num_kv_heads, "global"),
+            (self.swa_num_heads, self.swa_num_kv_heads, "sliding"),
+        ):
+            if num_heads % num_kv_heads:
+                refuse(
+                    "TextConfig",
+                    f"{kind} layers: num_heads must be a multiple of num_kv_heads = "
+                    f"{num_kv_heads}, got {num_heads}",
                 )
         if not all(self.layer_is_dense) and self.top_k > self.num_experts:
-            _refuse(
-                "text_config",
-                f"num_experts_per_tok must be at most n_routed_experts = {self.num_experts}, "
-                f"got {self.top_k}",
+            refuse(
+                "TextConfig",
+                f"top_k must be at most num_experts = {self.num_experts}, got {self.top_k}",
             )
 
     def heads(self, layer: int) -> int:
@@ -179,52 +146,30 @@ class AudioConfig:
 
     def __post_init__(self) -> None:
         if self.min_log10 >= self.max_log10:
-            _refuse(
-                "audio_config",
-                f"dmel_min_value must be below dmel_max_value = {self.max_log10}, "
-                f"got {self.min_log10}",
+            refuse(
+                "AudioConfig",
+                f"min_log10 must be below max_log10 = {self.max_log10}, got {self.min_log10}",
             )
 
 
 @dataclass(frozen=True)
-class HmlpLayer:
-    """One layer of the patch encoder: fold ``t_fold`` x ``hw_fold`` x ``hw_fold``, project, norm."""
-
-    t_fold: int
-    hw_fold: int
-    in_width: int
-    out_width: int
-    has_norm: bool
-
-
-@dataclass(frozen=True)
 class VisionConfig:
-    """The hMLP patch encoder: one ``[temporal_size, patch_size, patch_size, 3]`` patch a token."""
+    """The hMLP patch encoder: a ``[temporal_size, patch_size, patch_size, num_channels]`` patch
+    becomes one token."""
 
     patch_size: int
     num_layers: int
     temporal_size: int = 2
     num_channels: int = 3
 
+    def __post_init__(self) -> None:
+        self.layers(1)
+
     def layers(self, hidden_size: int) -> tuple[HmlpLayer, ...]:
-        """The encoder's layers, the last one projecting to ``hidden_size``."""
-        scales = _hmlp_scales(
-            self.temporal_size, self.patch_size, self.num_layers, self.num_channels
+        """The encoder's layers; the last one projects to ``hidden_size`` and has no norm."""
+        return plan_hmlp(
+            self.temporal_size, self.patch_size, self.num_channels, self.num_layers, hidden_size
         )
-        layers = []
-        for index, (start, end) in enumerate(itertools.pairwise(scales)):
-            t_fold, hw_fold = end[0] // start[0], end[1] // start[1]
-            is_last = index == self.num_layers - 1
-            layers.append(
-                HmlpLayer(
-                    t_fold=t_fold,
-                    hw_fold=hw_fold,
-                    in_width=start[2] * t_fold * hw_fold * hw_fold,
-                    out_width=hidden_size if is_last else end[2],
-                    has_norm=not is_last,
-                )
-            )
-        return tuple(layers)
 
 
 @dataclass(frozen=True)
@@ -242,10 +187,10 @@ class ControlTokens:
 
 @dataclass(frozen=True)
 class InteractionConfig:
-    """The ``interaction`` block: micro-turn layout v1 (200 ms ticks) of a model that knows ticks.
+    """The ``interaction`` block: micro-turn layout v1 of a model that knows 200 ms ticks.
 
-    ``max_text_per_tick`` bounds the text tokens the model may write in one tick;
-    ``max_injected_per_tick`` bounds typed text, tool results and background text put in before it.
+    ``max_text_per_tick`` bounds the text tokens the model may write in one tick,
+    ``max_injected_per_tick`` the typed, tool-result and background tokens put in before them.
     """
 
     tokens: ControlTokens
@@ -257,11 +202,11 @@ class InteractionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything a checkpoint's ``config.json`` says that this package uses.
+    """What this package uses of a checkpoint's ``config.json``.
 
     ``audio`` and ``vision`` are None for a text-only checkpoint, ``interaction`` is None for a
     plain Inkling checkpoint. ``init_seed`` names the random initialisation that stands in for
-    weights a directory does not hold, and ``is_trained`` is False for such a model.
+    weights the directory does not hold; ``is_trained`` is False for such a model.
     """
 
     text: TextConfig
@@ -274,43 +219,42 @@ class ModelConfig:
     is_trained: bool = True
     init_seed: int | None = None
 
+    def __post_init__(self) -> None:
+        if (self.audio is None) != (self.vision is None):
+            refuse("ModelConfig", "audio and vision must be given together or not at all")
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """Read a parsed ``config.json``.
 
         Raises `CheckpointError` naming the key and value that is missing, unknown or not
-        implemented, and `Unsupported` for an audio-out block.
+        implemented, and `Unsupported` for an audio-out head.
         """
-        return _read_model(raw, "config", None)
+        return _read_model(raw, {}, "config")
 
     @classmethod
     def from_path(cls, path: str | Path) -> "ModelConfig":
-        """Read ``config.json`` of a checkpoint directory.
+        """Read ``config.json`` of the checkpoint directory ``path``.
 
-        The dMel range may stand in ``processor_config.json`` instead, as transformers writes it.
-        Raises like `from_dict`, and `CheckpointError` when a file is missing or is not JSON.
+        The dMel range may stand in ``processor_config.json`` instead, where transformers keeps it.
+        Raises like `from_dict`, and `CheckpointError` when the file is missing or not JSON.
         """
-        directory = Path(path)
-        file = directory / "config.json"
-        processor_file = directory / "processor_config.json"
-        processor = _read_json(processor_file) if processor_file.is_file() else None
-        return _read_model(_read_json(file), str(file), processor)
+        file = Path(path) / "config.json"
+        processor_file = Path(path) / "processor_config.json"
+        processor = _read_json(processor_file) if processor_file.is_file() else {}
+        return _read_model(_read_json(file), processor, str(file))
 
     def to_dict(self) -> dict[str, Any]:
-        """The config in transformers spelling; `from_dict` and transformers read it alike."""
-        text = _text_to_dict(self.text)
-        eos: int | list[int] | None = list(self.eos_token_ids) or None
-        if eos is not None and len(eos) == 1:
-            eos = eos[0]
-        text["eos_token_id"] = eos
+        """The config in transformers spelling, which `from_dict` and transformers read alike."""
+        eos = self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids)
+        text = {**_text_to_dict(self.text), "eos_token_id": eos or None}
         if self.audio is None or self.vision is None:
             out: dict[str, Any] = {"architectures": ["InklingForCausalLM"], **text}
         else:
-            hidden_size = self.text.hidden_size
             out = {
                 "architectures": ["InklingForConditionalGeneration"],
                 "model_type": "inkling_mm_model",
-                "eos_token_id": eos,
+                "eos_token_id": eos or None,
                 "image_token_id": self.image_token_id,
                 "audio_token_id": self.audio_token_id,
                 "text_config": text,
@@ -320,7 +264,7 @@ class ModelConfig:
                     "mel_vocab_size": self.audio.num_levels,
                     "dmel_min_value": self.audio.min_log10,
                     "dmel_max_value": self.audio.max_log10,
-                    "text_hidden_size": hidden_size,
+                    "text_hidden_size": self.text.hidden_size,
                 },
                 "vision_config": {
                     "model_type": "inkling_vision",
@@ -328,7 +272,7 @@ class ModelConfig:
                     "temporal_patch_size": self.vision.temporal_size,
                     "num_channels": self.vision.num_channels,
                     "n_layers": self.vision.num_layers,
-                    "text_hidden_size": hidden_size,
+                    "text_hidden_size": self.text.hidden_size,
                 },
             }
         if self.interaction is not None:
@@ -343,174 +287,140 @@ class ModelConfig:
 def bundled_path(name: str) -> Path:
     """Directory of a model that ships with the package (``nano``).
 
-    Raises `InvalidArgument` for a name that is not bundled.
+    Raises `InvalidArgument` for any other name.
     """
     root = Path(__file__).resolve().parent.parent / "assets"
-    known = sorted(entry.parent.name for entry in root.glob("*/config.json"))
+    known = sorted(file.parent.name for file in root.glob("*/config.json"))
     if name not in known:
         raise InvalidArgument(f"name: expected a bundled model, one of {known}, got {name!r}")
     return root / name
 
 
-def _refuse(where: str, what: str) -> NoReturn:
-    raise CheckpointError(f"{where}: {what}")
-
-
-class _Block:
-    """One JSON object being read: every key is taken once, what is left over is refused."""
-
-    def __init__(self, raw: object, where: str) -> None:
-        if not isinstance(raw, Mapping):
-            _refuse(where, f"expected an object, got {_show(raw)}")
-        self._left: dict[str, Any] = dict(raw)
-        self.where = where
-
-    def take(self, key: str, default: object = _REQUIRED) -> Any:
-        """The value under ``key`` or one of its other spellings, which must agree."""
-        found = {name: self._left.pop(name) for name in self._spellings(key) if name in self._left}
-        if not found:
-            if default is _REQUIRED:
-                self.refuse(f"{key} is missing; implementations differ on it, so it is not guessed")
-            return default
-        value = next(iter(found.values()))
-        if any(other != value for other in found.values()):
-            given = ", ".join(f"{name} = {_show(v)}" for name, v in found.items())
-            self.refuse(f"two spellings of one value disagree: {given}")
-        return value
-
-    def integer(self, key: str, default: object = _REQUIRED, minimum: int = 1) -> int:
-        value = self.take(key, default)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            self.refuse(f"{key} must be an integer of at least {minimum}, got {_show(value)}")
-        return value
-
-    def real(self, key: str, default: object = _REQUIRED, positive: bool = True) -> float:
-        value = self.take(key, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or (positive and value <= 0):
-            kind = "a positive number" if positive else "a finite number"
-            self.refuse(f"{key} must be {kind}, got {_show(value)}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.take(key, default)
-        if not isinstance(value, bool):
-            self.refuse(f"{key} must be true or false, got {_show(value)}")
-        return value
-
-    def fixed(self, key: str, expected: object, *also: object, required: bool = False) -> None:
-        """Take a key of which only one meaning is implemented."""
-        value = self.take(key, _REQUIRED if required else expected)
-        if not any(value == allowed and _kind(value) == _kind(allowed) for allowed in (expected, *also)):
-            self.refuse(f"{key} must be {_show(expected)}, got {_show(value)}: not supported")
-
-    def names(self, key: str, length: int, allowed: Sequence[str]) -> tuple[str, ...] | None:
-        """An optional list with one of ``allowed`` per layer."""
-        value = self.take(key, None)
-        if value is None:
-            return None
-        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
-            self.refuse(f"{key} must have {length} entries, got {_show(value)}")
-        for entry in value:
-            if entry not in allowed:
-                self.refuse(f"{key} entries must be one of {list(allowed)}, got {_show(entry)}")
-        return tuple(value)
-
-    def refuse(self, what: str) -> NoReturn:
-        _refuse(self.where, what)
-
-    def close(self, ignored: frozenset[str] = frozenset()) -> None:
-        unknown = sorted(set(self._left) - ignored)
-        if unknown:
-            self.refuse(f"unknown key {unknown[0]} = {_show(self._left[unknown[0]])}")
-
-    def _spellings(self, key: str) -> tuple[str, ...]:
-        return (key, *_ALIASES.get(key, ()))
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"path: {file} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"path: {file} is not readable JSON: {error}") from error
     if not isinstance(raw, dict):
-        _refuse(str(file), f"expected a JSON object, got {_show(raw)}")
+        refuse(str(file), f"expected a JSON object, got {type(raw).__name__}")
     return raw
 
 
-def _read_model(
-    raw: Mapping[str, Any], source: str, processor: Mapping[str, Any] | None
-) -> ModelConfig:
-    top = _Block(raw, source)
+def _read_model(raw: object, processor: Mapping[str, Any], source: str) -> ModelConfig:
+    top = Block(raw, source)
     model_type = top.take("model_type", None)
     if model_type not in ("inkling_mm_model", "inkling_text"):
         architectures = top.take("architectures", None)
         top.refuse(
             "model_type must be 'inkling_mm_model' or 'inkling_text', "
-            f"got {_show(model_type)} (architectures {_show(architectures)})"
+            f"got {model_type!r} (architectures {architectures!r})"
         )
-    top.fixed("tie_word_embeddings", False)
     for key in ("quantization_config", "quantization", "compression_config"):
         quantization = top.take(key, None)
         if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-            top.refuse(f"{key}: quantised weights ({method or 'unnamed'}) are not supported")
+            scheme = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            top.refuse(f"{key}: quantised weights ({scheme or 'unnamed'}) are not supported")
+    top.fixed("tie_word_embeddings", False)
+    interaction_raw = top.take("interaction", None)
     eos = top.take("eos_token_id", None)
-    image_token_id = top.take("image_token_id", None)
-    audio_token_id = top.take("audio_token_id", None)
-    interaction = top.take("interaction", None)
+    image_token_id = top.optional_integer("image_token_id", minimum=0)
+    audio_token_id = top.optional_integer("audio_token_id", minimum=0)
     is_trained = top.flag("trained", True)
-    init_seed = None if top.take("init_seed", None) is None else raw["init_seed"]
-    if init_seed is not None and (not isinstance(init_seed, int) or isinstance(init_seed, bool)):
-        top.refuse(f"init_seed must be an integer, got {_show(init_seed)}")
+    init_seed = top.optional_integer("init_seed", minimum=0)
 
     audio = vision = None
     if model_type == "inkling_text":
         text = _read_text(top)
     else:
-        text_block = _Block(top.take("text_config"), f"{source}: text_config")
+        text_block = Block(top.take("text_config"), f"{source}: text_config")
+        text_block.fixed("model_type", "inkling_text", "inkling_model")
         if eos is None:
             eos = text_block.take("eos_token_id", None)
-        text_block.fixed("model_type", "inkling_text", "inkling_model")
         text = _read_text(text_block)
-        audio_block = _Block(top.take("audio_config"), f"{source}: audio_config")
-        audio = _read_audio(audio_block, text.hidden_size, processor or {})
-        vision_block = _Block(top.take("vision_config"), f"{source}: vision_config")
+        audio_block = Block(top.take("audio_config"), f"{source}: audio_config")
+        audio = _read_audio(audio_block, text.hidden_size, processor)
+        vision_block = Block(top.take("vision_config"), f"{source}: vision_config")
         vision = _read_vision(vision_block, text.hidden_size)
-        # What else stands at this level (library bookkeeping, mtp_config) never reaches the forward.
-
+        # What else stands at this level is bookkeeping or belongs to the draft heads.
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(one) is int and one >= 0 for one in eos_ids):
+        top.refuse(f"eos_token_id must be an id or a list of ids, got {eos!r}")
+    interaction = None
+    if interaction_raw is not None:
+        block = Block(interaction_raw, f"{source}: interaction")
+        interaction = _read_interaction(block, text.unpadded_vocab_size)
     return ModelConfig(
         text=text,
         audio=audio,
         vision=vision,
-        interaction=None if interaction is None else _read_interaction(interaction, source, text),
-        eos_token_ids=_read_eos(eos, source),
-        image_token_id=200054 if image_token_id is None else int(image_token_id),
-        audio_token_id=200053 if audio_token_id is None else int(audio_token_id),
+        interaction=interaction,
+        eos_token_ids=tuple(eos_ids),
+        image_token_id=200054 if image_token_id is None else image_token_id,
+        audio_token_id=200053 if audio_token_id is None else audio_token_id,
         is_trained=is_trained,
         init_seed=init_seed,
     )
 
 
-def _read_text(block: _Block) -> TextConfig:
+def _read_text(block: Block) -> TextConfig:
     num_layers = block.integer("num_hidden_layers")
     layer_is_sliding = _read_sliding_layers(block, num_layers)
     layer_is_dense = _read_dense_layers(block, num_layers)
-    has_global, has_sliding = not all(layer_is_sliding), any(layer_is_sliding)
-    has_sparse = not all(layer_is_dense)
+    dense_width, expert_width = _read_widths(block, layer_is_dense)
+    _require_implemented(block)
 
-    def needed(is_used: bool, otherwise: object) -> object:
-        return _REQUIRED if is_used else otherwise
+    # Sizes that no layer uses fall back to what transformers would write.
+    def global_size(key: str, unused: int) -> int:
+        return block.integer(key, unused if all(layer_is_sliding) else REQUIRED)
 
-    dense_width, expert_width = _read_widths(block, any(layer_is_dense), has_sparse)
+    def sliding_size(key: str, unused: int) -> int:
+        return block.integer(key, REQUIRED if any(layer_is_sliding) else unused)
+
+    def sparse_size(key: str, unused: int) -> int:
+        return block.integer(key, unused if all(layer_is_dense) else REQUIRED)
+
+    vocab_size = block.integer("vocab_size")
+    text = TextConfig(
+        vocab_size=vocab_size,
+        unpadded_vocab_size=block.optional_integer("unpadded_vocab_size") or vocab_size,
+        hidden_size=block.integer("hidden_size"),
+        num_layers=num_layers,
+        num_heads=global_size("num_attention_heads", 64),
+        num_kv_heads=global_size("num_key_value_heads", 8),
+        head_dim=global_size("head_dim", 128),
+        swa_num_heads=sliding_size("swa_num_attention_heads", 64),
+        swa_num_kv_heads=sliding_size("swa_num_key_value_heads", 16),
+        swa_head_dim=sliding_size("swa_head_dim", 128),
+        window=block.integer("sliding_window_size", 512),
+        d_rel=block.integer("d_rel", 16),
+        rel_extent=block.integer("rel_extent", 1024),
+        log_scaling_floor=block.optional_integer(
+            "log_scaling_n_floor", None if all(layer_is_sliding) else REQUIRED
+        ),
+        log_scaling_alpha=block.real("log_scaling_alpha", 0.1, is_positive=False),
+        layer_is_sliding=layer_is_sliding,
+        layer_is_dense=layer_is_dense,
+        dense_width=dense_width,
+        expert_width=expert_width,
+        num_experts=sparse_size("n_routed_experts", 256),
+        top_k=sparse_size("num_experts_per_tok", 6),
+        num_shared=sparse_size("n_shared_experts", 2),
+        route_scale=block.real("route_scale", 8.0 if all(layer_is_dense) else REQUIRED),
+        mup=block.real("logits_mup_width_multiplier"),
+        rms_eps=block.real("rms_norm_eps", 1e-6),
+        max_positions=block.integer("max_position_embeddings", 131072),
+    )
+    block.close(IGNORED_TEXT_KEYS)
+    return text
+
+
+def _require_implemented(block: Block) -> None:
     block.fixed("conv_kernel_size", CONV_TAPS)
-    block.fixed("hidden_act", "silu")
-    block.fixed("gate_activation", "sigmoid")
     block.fixed("final_logit_softcapping", None)
+    block.fixed("gate_activation", "sigmoid")
+    block.fixed("hidden_act", "silu")
     for key in ("q_bias", "o_bias", "attention_bias", "tie_word_embeddings"):
         block.fixed(key, False)
     for key in (
@@ -523,68 +433,146 @@ def _read_text(block: _Block) -> TextConfig:
         "use_sconv",
     ):
         block.fixed(key, True)
-    vocab_size = block.integer("vocab_size")
-    unpadded = block.take("unpadded_vocab_size", None)
-    floor = block.take("log_scaling_n_floor", needed(has_global, None))
-    text = TextConfig(
-        vocab_size=vocab_size,
-        unpadded_vocab_size=vocab_size if unpadded is None else _count(block, "unpadded_vocab_size", unpadded),
-        hidden_size=block.integer("hidden_size"),
-        num_layers=num_layers,
-        num_heads=block.integer("num_attention_heads", needed(has_global, 64)),
-        num_kv_heads=block.integer("num_key_value_heads", needed(has_global, 8)),
-        head_dim=block.integer("head_dim", needed(has_global, 128)),
-        swa_num_heads=block.integer("swa_num_attention_heads", needed(has_sliding, 64)),
-        swa_num_kv_heads=block.integer("swa_num_key_value_heads", needed(has_sliding, 16)),
-        swa_head_dim=block.integer("swa_head_dim", needed(has_sliding, 128)),
-        window=block.integer("sliding_window_size", 512),
-        d_rel=block.integer("d_rel", 16),
-        rel_extent=block.integer("rel_extent", 1024),
-        log_scaling_floor=None if floor is None else _count(block, "log_scaling_n_floor", floor),
-        log_scaling_alpha=block.real("log_scaling_alpha", 0.1, positive=False),
-        layer_is_sliding=layer_is_sliding,
-        layer_is_dense=layer_is_dense,
-        dense_width=dense_width,
-        expert_width=expert_width,
-        num_experts=block.integer("n_routed_experts", needed(has_sparse, 256)),
-        top_k=block.integer("num_experts_per_tok", needed(has_sparse, 6)),
-        num_shared=block.integer("n_shared_experts", needed(has_sparse, 2)),
-        route_scale=block.real("route_scale", needed(has_sparse, 8.0)),
-        mup=block.real("logits_mup_width_multiplier"),
-        rms_eps=block.real("rms_norm_eps", 1e-6),
-        max_positions=block.integer("max_position_embeddings", 131072),
-    )
-    block.close(_IGNORED_ANYWHERE | _IGNORED_TEXT)
-    return text
 
 
-def _read_sliding_layers(block: _Block, num_layers: int) -> tuple[bool, ...]:
-    kinds = block.names("layer_types", num_layers, ("hybrid_sliding", "hybrid"))
-    local = block.take("local_layer_ids", None)
-    if local is not None:
-        if (
-            not isinstance(local, Sequence)
-            or not all(isinstance(i, int) and 0 <= i < num_layers for i in local)
-            or len(set(local)) != len(local)
-        ):
+def _read_sliding_layers(block: Block, num_layers: int) -> tuple[bool, ...]:
+    by_kind = block.kinds("layer_types", num_layers, ("hybrid_sliding", "hybrid"))
+    by_index = block.indices("local_layer_ids", num_layers)
+    if by_kind is not None and by_index is not None and by_kind != by_index:
+        block.refuse("layer_types and local_layer_ids disagree")
+    layer_is_sliding = by_index if by_kind is None else by_kind
+    if layer_is_sliding is None:
+        block.refuse("layer_types or local_layer_ids is missing")
+    return layer_is_sliding
+
+
+def _read_dense_layers(block: Block, num_layers: int) -> tuple[bool, ...]:
+    by_kind = block.kinds("mlp_layer_types", num_layers, ("dense", "sparse"))
+    num_dense = block.optional_integer("dense_mlp_idx", minimum=0)
+    by_count = None if num_dense is None else tuple(i < num_dense for i in range(num_layers))
+    if by_kind is not None and by_count is not None and by_kind != by_count:
+        block.refuse("mlp_layer_types and dense_mlp_idx disagree")
+    layer_is_dense = by_count if by_kind is None else by_kind
+    if layer_is_dense is None:
+        block.refuse("mlp_layer_types or dense_mlp_idx is missing")
+    return layer_is_dense
+
+
+def _read_widths(block: Block, layer_is_dense: tuple[bool, ...]) -> tuple[int, int]:
+    dense = block.optional_integer("dense_intermediate_size")
+    expert = block.optional_integer("moe_intermediate_size")
+    if dense is not None:
+        # Beside dense_intermediate_size, intermediate_size is the width of one expert.
+        inner = block.integer("intermediate_size")
+        if expert is not None and expert != inner:
             block.refuse(
-                f"local_layer_ids must be distinct layer indices below {num_layers}, got {_show(local)}"
+                "beside dense_intermediate_size, intermediate_size is the expert width and must "
+                f"equal moe_intermediate_size = {expert}, got {inner}"
             )
-        by_ids = tuple(i in set(local) for i in range(num_layers))
-        if kinds is not None and by_ids != tuple(kind == "hybrid_sliding" for kind in kinds):
-            block.refuse("layer_types and local_layer_ids disagree")
-        return by_ids
-    if kinds is None:
-        block.take("layer_types")
-        raise AssertionError
-    return tuple(kind == "hybrid_sliding" for kind in kinds)
+        return dense, inner
+    dense = block.integer("intermediate_size", REQUIRED if any(layer_is_dense) else 24576)
+    if expert is None:
+        if not all(layer_is_dense):
+            block.take("moe_intermediate_size")
+        expert = 3072
+    return dense, expert
 
 
-def _read_dense_layers(block: _Block, num_layers: int) -> tuple[bool, ...]:
-    kinds = block.names("mlp_layer_types", num_layers, ("dense", "sparse"))
-    if kinds is None:
-        num_dense = block.integer("dense_mlp_idx", minimum=0)
-        return tuple(i < num_dense for i in range(num_layers))
-    by_kind = tuple(kind == "dense" for kind in kinds)
-    num_dense = block.integer("dense_mlp_idx", sum(by_kind), minimum=0)
-    return by_kind
+def _read_audio(block: Block, hidden_size: int, processor: Mapping[str, Any]) -> AudioConfig:
+    block.fixed("model_type", "inkling_audio", "inkling_audio_model")
+    block.fixed("audio_mode", "dmel")
+    block.fixed("bias", False)
+    block.fixed("use_audio_norm", True)
+    block.fixed("rms_norm_eps", ENCODER_NORM_EPS)
+    block.fixed("text_hidden_size", hidden_size)
+    block.fixed("hidden_size", hidden_size)
+    # transformers keeps the range in the processor, whose default is the released models' range.
+    low, high = processor.get("dmel_min_value", -7.0), processor.get("dmel_max_value", 2.0)
+    audio = AudioConfig(
+        num_mel_bins=block.integer("n_mel_bins", 80),
+        num_levels=block.integer("mel_vocab_size", minimum=2),
+        min_log10=block.real("dmel_min_value", low, is_positive=False),
+        max_log10=block.real("dmel_max_value", high, is_positive=False),
+    )
+    for key, value in (("dmel_min_value", audio.min_log10), ("dmel_max_value", audio.max_log10)):
+        if processor.get(key, value) != value:
+            block.refuse(
+                f"{key} = {value} disagrees with processor_config.json, which has {processor[key]}"
+            )
+    block.close(IGNORED_KEYS)
+    return audio
+
+
+def _read_vision(block: Block, hidden_size: int) -> VisionConfig:
+    block.fixed("model_type", "inkling_vision", "inkling_vision_model")
+    block.fixed("vision_encoder_type", "hmlp")
+    block.fixed("use_vision_norm", True)
+    block.fixed("rms_norm_eps", ENCODER_NORM_EPS)
+    block.fixed("num_channels", 3)
+    block.fixed("temporal_patch_size", 2, is_required=True)
+    block.fixed("text_hidden_size", hidden_size)
+    vision = VisionConfig(
+        patch_size=block.integer("patch_size", minimum=2), num_layers=block.integer("n_layers")
+    )
+    block.close(IGNORED_VISION_KEYS)
+    return vision
+
+
+def _read_interaction(block: Block, num_ids: int) -> InteractionConfig:
+    block.fixed("version", LAYOUT_VERSION, is_required=True)
+    block.fixed("tick_ms", TICK_MS)
+    if block.take("audio_out", None) is not None:
+        raise Unsupported(f"{block.where}: audio_out needs a flow head, which is not implemented")
+    tokens_block = Block(block.take("tokens"), f"{block.where}.tokens")
+    ids: dict[str, int] = {}
+    for field in fields(ControlTokens):
+        ids[field.name] = tokens_block.integer(field.name, minimum=0)
+        if ids[field.name] >= num_ids:
+            tokens_block.refuse(
+                f"{field.name} must be below unpadded_vocab_size = {num_ids}, got {ids[field.name]}"
+            )
+    tokens_block.close()
+    if len(set(ids.values())) != len(ids):
+        tokens_block.refuse(f"ids must be distinct, got {ids}")
+    interaction = InteractionConfig(
+        tokens=ControlTokens(**ids),
+        max_text_per_tick=block.integer("max_text_per_tick"),
+        max_injected_per_tick=block.integer("max_injected_per_tick", minimum=0),
+    )
+    block.close()
+    return interaction
+
+
+def _text_to_dict(text: TextConfig) -> dict[str, Any]:
+    return {
+        "model_type": "inkling_text",
+        "vocab_size": text.vocab_size,
+        "unpadded_vocab_size": text.unpadded_vocab_size,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_kv_heads,
+        "head_dim": text.head_dim,
+        "swa_num_attention_heads": text.swa_num_heads,
+        "swa_num_key_value_heads": text.swa_num_kv_heads,
+        "swa_head_dim": text.swa_head_dim,
+        "sliding_window_size": text.window,
+        "d_rel": text.d_rel,
+        "rel_extent": text.rel_extent,
+        "log_scaling_n_floor": text.log_scaling_floor,
+        "log_scaling_alpha": text.log_scaling_alpha,
+        "layer_types": ["hybrid_sliding" if one else "hybrid" for one in text.layer_is_sliding],
+        "mlp_layer_types": ["dense" if one else "sparse" for one in text.layer_is_dense],
+        "intermediate_size": text.dense_width,
+        "moe_intermediate_size": text.expert_width,
+        "n_routed_experts": text.num_experts,
+        "num_experts_per_tok": text.top_k,
+        "n_shared_experts": text.num_shared,
+        "route_scale": text.route_scale,
+        "logits_mup_width_multiplier": text.mup,
+        "rms_norm_eps": text.rms_eps,
+        "max_position_embeddings": text.max_positions,
+        "conv_kernel_size": CONV_TAPS,
+        "hidden_act": "silu",
+        "bos_token_id": None,
+    }
