@@ -6,7 +6,7 @@ do not depend on the blocks, so the blocks joined equal the recording read whole
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,16 @@ def read_audio(path: str | os.PathLike[str], sample_rate: int = SAMPLE_RATE) -> 
 
     Channels are averaged, then resampled; what a decoder or the resampler overshoots is clipped.
     Raises MediaError, naming path and reason, if the file is missing, unreadable, truncated (as
-    far as its format tells: a cut MP3 cannot be told from a short one), or holds no audio or
-    values that are not finite.
+    far as its format tells: a cut MP3 or Ogg cannot be told from a short one), or holds no
+    audio or values that are not finite.
     """
     blocks = list(audio_blocks(path, sample_rate))
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 
-def audio_blocks(path: str | os.PathLike[str], sample_rate: int = SAMPLE_RATE) -> Iterator[Pcm]:
+def audio_blocks(
+    path: str | os.PathLike[str], sample_rate: int = SAMPLE_RATE
+) -> Generator[Pcm, None, None]:
     """The blocks of a recording, of any length each; joined they equal ``read_audio(path)``.
 
     The file is opened at once and closed when the iterator ends or is closed.
@@ -64,7 +66,9 @@ def audio_blocks(path: str | os.PathLike[str], sample_rate: int = SAMPLE_RATE) -
     return resample_blocks(_soundfile_blocks(file, what), int(file.samplerate), target_rate)
 
 
-def resample_blocks(blocks: Iterable[Pcm], source_rate: int, target_rate: int) -> Iterator[Pcm]:
+def resample_blocks(
+    blocks: Iterable[Pcm], source_rate: int, target_rate: int
+) -> Generator[Pcm, None, None]:
     """The signal cut into ``blocks`` (float32 [S] each) at another rate, clipped to [-1, 1].
 
     Equal rates pass through unchanged. The resampler holds back a few ms until the signal ends.

@@ -74,6 +74,10 @@ class MicroTurn:
         object.__setattr__(self, "frames", frames)
         if self.text is not None and not isinstance(self.text, str):
             raise InvalidType(f"MicroTurn.text: expected str, got {type(self.text).__name__}")
+        for field in ("index", "start_ms", "num_padded"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InvalidType(f"MicroTurn.{field}: expected an int, got {type(value).__name__}")
         if self.index < 0:
             raise InvalidArgument(f"MicroTurn.index: expected at least 0, got {self.index}")
         if self.start_ms == -1:
@@ -160,21 +164,24 @@ class _Samples:
 
     def __init__(self, blocks: Iterator[Pcm]) -> None:
         self._blocks = blocks
-        self._held: list[Pcm] = []
-        self._num_held = 0
+        self._rest = np.zeros(0, np.float32)
 
     def take(self, num_samples: int) -> Pcm:
-        """The next ``num_samples``, fewer only at the end of the signal; the caller owns them."""
-        while self._num_held < num_samples:
-            block_S = next(self._blocks, None)
-            if block_S is None:
-                break
-            self._held.append(block_S)
-            self._num_held += len(block_S)
-        joined_S = np.concatenate(self._held) if self._held else np.zeros(0, np.float32)
-        taken_S, rest_S = joined_S[:num_samples].copy(), joined_S[num_samples:]
-        self._held, self._num_held = [rest_S], len(rest_S)
-        return taken_S
+        """The next ``num_samples``, fewer only at the end of the signal; a copy of its own."""
+        taken_S = np.empty(num_samples, np.float32)
+        filled = 0
+        while filled < num_samples:
+            if not len(self._rest):
+                block_S = next(self._blocks, None)
+                if block_S is None:
+                    break
+                self._rest = block_S
+            piece_S = self._rest[: num_samples - filled]
+            # Copied before the next block is asked for: a feed may reuse its buffer.
+            taken_S[filled : filled + len(piece_S)] = piece_S
+            self._rest = self._rest[len(piece_S) :]
+            filled += len(piece_S)
+        return taken_S[:filled]
 
 
 def _ticks(duration_s: float | None) -> Iterable[int]:
@@ -197,7 +204,7 @@ def _audio_source(
             raise InvalidArgument(f"sample_rate: expected None {what}, got {sample_rate}")
         if audio is None:
             return iter(())
-        return stack.enter_context(closing(audio_blocks(audio)))  # type: ignore[type-var]
+        return stack.enter_context(closing(audio_blocks(audio)))
     if not isinstance(audio, Iterable):
         raise InvalidType(
             f"audio: expected a path, samples or an iterable of samples, got {type(audio).__name__}"
@@ -225,7 +232,8 @@ def _video_source(
         raise InvalidType(
             f"video: expected a path or an iterable of pictures, got {type(video).__name__}"
         )
+    # Copied, for a feed may reuse its buffer.
     return (
-        None if frame is None else fit_frame(rgb_array(f"video[{i}]", frame), max_edge)
+        None if frame is None else np.array(fit_frame(rgb_array(f"video[{i}]", frame), max_edge))
         for i, frame in enumerate(video)
     )
