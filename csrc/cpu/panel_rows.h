@@ -41,7 +41,7 @@ void pack_rows(KStep* packed, int num_rows, std::int64_t in_dim, const RowOf& ro
 template <bool kBf16, int kRows, class Emit>
 void multiply_panels_fixed(const KStep* weight, std::int64_t panel_steps, std::int64_t begin,
                            std::int64_t end, const KStep* x, std::int64_t num_steps,
-                           const KStep* after, const Emit& emit) {
+                           const KStep* ahead, const Emit& emit) {
   constexpr std::ptrdiff_t kPanel = contract::kPanel;
   std::int64_t panel = begin;
   if constexpr (kRows <= kWideRows) {
@@ -63,24 +63,32 @@ void multiply_panels_fixed(const KStep* weight, std::int64_t panel_steps, std::i
     Vec acc[kRows][2];
     for (auto& row : acc)
       for (Vec& a : row) a = zero();
-    (void)after;
-    panel_tile<kBf16, kRows, 2, 0>(w, kPanel, x, kRows, num_steps, acc);
+    if constexpr (kRows >= kTileRows / 2) {
+      if (ahead != nullptr) {
+        panel_tile<kBf16, kRows, 2, 1>(w, kPanel, x, kRows, num_steps, acc, ahead);
+        ahead += num_steps * 16;
+      } else {
+        panel_tile<kBf16, kRows, 2, 0>(w, kPanel, x, kRows, num_steps, acc);
+      }
+    } else {
+      panel_tile<kBf16, kRows, 2, 0>(w, kPanel, x, kRows, num_steps, acc);
+    }
     for (int m = 0; m < kRows; ++m)
       for (int v = 0; v < 2; ++v) emit(m, panel, v, acc[m][v]);
   }
 }
 
 // Every row of a packed tile times panels [begin, end); emit(row, panel, vec, acc) gets each vector
-// of sixteen outputs once. `after` is the weight memory this thread reads next, if it is known.
+// of sixteen outputs once. `ahead`, if set, is memory to request meanwhile, one line per k-step.
 template <bool kBf16, class Emit>
 void multiply_panels(const KStep* weight, std::int64_t panel_steps, std::int64_t begin,
                      std::int64_t end, const KStep* x, int num_rows, std::int64_t num_steps,
-                     const KStep* after, const Emit& emit) {
+                     const KStep* ahead, const Emit& emit) {
   switch (num_rows) {
 #define TML_ROWS(rows)                                                                      \
   case rows:                                                                                \
     if constexpr (rows <= kTileRows)                                                        \
-      multiply_panels_fixed<kBf16, rows>(weight, panel_steps, begin, end, x, num_steps, after, \
+      multiply_panels_fixed<kBf16, rows>(weight, panel_steps, begin, end, x, num_steps, ahead, \
                                          emit);                                             \
     break;
     TML_ROWS(1) TML_ROWS(2) TML_ROWS(3) TML_ROWS(4) TML_ROWS(5) TML_ROWS(6)
@@ -103,14 +111,21 @@ void multiply_tiles(const KStep* weight, std::int64_t num_steps, std::int64_t be
   const TileSplit tiles(num_rows);
   const std::int64_t panel_steps = num_steps * contract::kPanel;
   const std::int64_t panel_bytes = panel_steps * static_cast<std::int64_t>(sizeof(KStep));
-  const std::int64_t reuse =
-      tiles.count == 1 ? end - begin : std::max<std::int64_t>(1, kReuseBytes / panel_bytes);
+  // Two or three tiles: memory and arithmetic cost about the same, so while a panel is multiplied
+  // the first two tiles request one half each of the panel that follows.
+  const bool overlap = tiles.count == 2 || tiles.count == 3;
+  const std::int64_t reuse = tiles.count == 1 ? end - begin
+                             : overlap        ? 1
+                                       : std::max<std::int64_t>(1, kReuseBytes / panel_bytes);
   for (std::int64_t chunk = begin; chunk < end; chunk += reuse) {
     const std::int64_t chunk_end = std::min(chunk + reuse, end);
+    const KStep* next = weight + chunk_end * panel_steps;
     for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
       const std::int64_t first = tiles.begin(tile);
+      const bool request = overlap && tile < 2 && chunk_end < end;
       multiply_panels<kBf16>(weight, panel_steps, chunk, chunk_end, packed + first * num_steps,
-                             tiles.rows(tile), num_steps, nullptr,
+                             tiles.rows(tile), num_steps,
+                             request ? next + tile * (panel_steps / 2) : nullptr,
                              [&](int m, std::int64_t panel, int vec, Vec acc) {
                                emit(first + m, panel, vec, acc);
                              });
