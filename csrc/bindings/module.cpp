@@ -60,5 +60,6 @@ NB_MODULE(_ext, m) {
 
   tml::bind_memory(m);
   tml::bind_linear(m);
+  tml::bind_machine(m);
   tml::bind_moe(m);
 }

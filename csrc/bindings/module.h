@@ -7,6 +7,7 @@ namespace tml {
 
 void bind_memory(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
+void bind_machine(nanobind::module_& m);
 void bind_moe(nanobind::module_& m);
 
 }  // namespace tml

@@ -2,9 +2,12 @@
 #pragma once
 
 #include "ops/linear.h"
+#include "ops/machine.h"
 #include "ops/moe.h"
 
 #define TML_CPU_OPS(X)               \
   X(pack_weight, PackWeightParams)   \
   X(linear, LinearParams)            \
+  X(read_bytes, ReadBytesParams)     \
+  X(dot_peak, DotPeakParams)         \
   X(moe, MoeParams)
