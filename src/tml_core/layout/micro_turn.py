@@ -1,0 +1,381 @@
+"""Micro-turn layout v1: one tick is 200 ms, an input half and an output half.
+
+    <|tick|>  audio x <=4  [pictures]  [text waiting to be put in, budgeted]  <|out|>
+              <|silence|>  |  text x <=N  [<|call|> json <|/call|>]  <|/out|>
+
+Choices the figure leaves open, made here and nowhere else:
+
+- A tick with no output is spelled ``<|silence|>``; ``<|/out|>`` directly after ``<|out|>`` is never
+  sampled, it marks an output half that was cancelled.
+- The budget N counts text tokens inside and outside a call. When it is used up, ``<|/out|>`` is put
+  there without sampling, as it is after ``<|/call|>``: a tick of n tokens costs n model steps.
+- A call that is open at the end of a tick goes on in the next tick that is not silent. One that
+  reaches `MAX_CALL_TOKENS` is closed by the layout.
+- In the input half, ``<|call|> json <|/call|>`` holds a tool result; bare text was typed. What does
+  not fit the budget waits for the next tick, in order.
+- A session with instructions or tools begins with the bare text and with
+  ``<|call|> [tool, ...] <|/call|>``, before the first tick.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, Final
+
+import torch
+from tokenizers import Tokenizer
+
+from tml_core.errors import CheckpointError, InvalidArgument, Unsupported
+from tml_core.layout.chunk import Chunk, compact_json
+from tml_core.layout.events import Event, Silence, Tags, TextToken, TurnDone, TurnEnd
+from tml_core.layout.state import AudioCarry, EncodedInput, LayoutState, Stream
+from tml_core.layout.text import TextCodec, bitmask
+from tml_core.layout.tool_call import call_event
+from tml_core.media.micro_turns import TICK_MS
+from tml_core.media.patches import image_patches
+from tml_core.media.segments import Audio, Block, Image, Segment, Tokens
+from tml_core.model.config import ModelConfig
+
+__all__ = ["MAX_CALL_TOKENS", "MicroTurnLayout", "MicroTurnState", "OutputGrammar", "TickOutput"]
+
+MAX_CALL_TOKENS: Final = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroTurnState(LayoutState):
+    """``waiting``: runs of ids that still have to be put in, oldest first, of which the first
+    ``num_used`` ids of the first run are already in. ``call_ids``: what an open call holds."""
+
+    waiting: tuple[tuple[int, ...], ...] = ()
+    num_used: int = 0
+    call_ids: tuple[int, ...] | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Ids that still have to be put in."""
+        return sum(len(ids) for ids in self.waiting) - self.num_used
+
+
+class _Phase(Enum):
+    """Where an output half stands."""
+
+    START = "start"
+    START_IN_CALL = "start in call"
+    TEXT = "text"
+    CALL = "call"
+    DONE = "done"
+
+
+class OutputGrammar:
+    """The token kinds of one vocabulary, and the bit masks of what may follow; made once a model.
+
+    ``<|say|>`` is in no mask: it needs an audio-out head.
+    """
+
+    def __init__(self, config: ModelConfig, codec: TextCodec) -> None:
+        if config.interaction is None:
+            raise CheckpointError("config: expected an interaction block, got a plain checkpoint")
+        self.tokens = config.interaction.tokens
+        self.max_text = config.interaction.max_text_per_tick
+        self.codec = codec
+        is_text = codec.is_text.copy()
+        ids = self.tokens
+        is_text[[ids.tick, ids.out, ids.end_out, ids.silence, ids.say, ids.call, ids.end_call]] = (
+            False
+        )
+        is_text.flags.writeable = False
+        self.is_text = is_text
+        extra = {
+            _Phase.START: (ids.silence, ids.call),
+            _Phase.START_IN_CALL: (ids.silence, ids.end_call),
+            _Phase.TEXT: (ids.call, ids.end_out),
+            _Phase.CALL: (ids.end_call, ids.end_out),
+        }
+        self._extra = extra
+        self._masks = {phase: self._mask(controls) for phase, controls in extra.items()}
+
+    def mask(self, phase: _Phase) -> torch.Tensor:
+        """Ids allowed in ``phase``: int32 [ceil(V / 32)], shared, not to be written."""
+        return self._masks[phase]
+
+    def is_allowed(self, phase: _Phase, token_id: int) -> bool:
+        """Whether ``token_id`` may come in ``phase``."""
+        if not 0 <= token_id < len(self.is_text):
+            return False
+        return bool(self.is_text[token_id]) or token_id in self._extra[phase]
+
+    def _mask(self, controls: tuple[int, ...]) -> torch.Tensor:
+        is_allowed = self.is_text.copy()
+        is_allowed[list(controls)] = True
+        return bitmask(is_allowed)
+
+
+class TickOutput:
+    """The output half of one tick, token by token; the same code labels training targets.
+
+    ``token_ids`` and ``streams``: the half so far. ``state``: the session after it, final once
+    ``is_done``.
+    """
+
+    def __init__(self, grammar: OutputGrammar, state: MicroTurnState, epoch: int = 0) -> None:
+        self._grammar = grammar
+        self._before = state
+        self._epoch = epoch
+        self._reset()
+
+    def _reset(self) -> None:
+        self.state = self._before
+        self.token_ids: list[int] = []
+        self.streams: list[Stream] = []
+        self.is_done = False
+        self._num_text = 0
+        self._num_fed = 0
+        is_in_call = self._before.call_ids is not None
+        self._phase = _Phase.START_IN_CALL if is_in_call else _Phase.START
+
+    def allowed(self) -> torch.Tensor:
+        """Bit mask of the ids that may come next: int32 [ceil(V / 32)], not to be written."""
+        if self.is_done:
+            raise InvalidArgument("allowed: expected an open output half, got a closed one")
+        return self._grammar.mask(self._phase)
+
+    def accept(self, token_id: int, logprob: float) -> list[Event]:
+        """Take the next token; the events it causes, `TurnDone` last when the tick is over.
+
+        Raises `InvalidArgument`, changing nothing, for a token the mask does not allow.
+        """
+        grammar, ids = self._grammar, self._grammar.tokens
+        if self.is_done or not grammar.is_allowed(self._phase, token_id):
+            where = "a closed output half" if self.is_done else f"phase {self._phase.value!r}"
+            raise InvalidArgument(f"token_id: expected an allowed token, got {token_id} in {where}")
+        if token_id == ids.silence:
+            self._append(token_id, Stream.SILENCE)
+            return [Silence(**self._tags(), logprob=logprob), self._close("silence")]
+        if token_id == ids.end_out:
+            self._append(token_id, Stream.CONTROL)
+            return [self._close("end")]
+        if token_id == ids.call:
+            self._append(token_id, Stream.CONTROL)
+            self._phase = _Phase.CALL
+            self.state = replace(self.state, call_ids=())
+            return []
+        if token_id == ids.end_call:
+            self._append(token_id, Stream.CONTROL)
+            return self._end_call()
+        self._num_text += 1
+        if self.state.call_ids is not None:
+            return self._accept_call_text(token_id)
+        return self._accept_text(token_id, logprob)
+
+    def take_unfed(self) -> list[int]:
+        """The accepted tokens the model has not been given yet; now they count as given."""
+        unfed = self.token_ids[self._num_fed :]
+        self._num_fed = len(self.token_ids)
+        return unfed
+
+    def cut(self) -> list[Event]:
+        """Drop all output and close the half with ``<|/out|>`` alone."""
+        self._reset()
+        self._append(self._grammar.tokens.end_out, Stream.FORCED)
+        return [self._close("cancelled")]
+
+    def _accept_text(self, token_id: int, logprob: float) -> list[Event]:
+        self._append(token_id, Stream.TEXT)
+        self._phase = _Phase.TEXT
+        text, utf8 = self._grammar.codec.feed(self.state.utf8, token_id)
+        self.state = replace(self.state, utf8=utf8)
+        event = TextToken(**self._tags(), text=text, token_id=token_id, logprob=logprob)
+        return [event, *self._close_at_budget()]
+
+    def _accept_call_text(self, token_id: int) -> list[Event]:
+        self._append(token_id, Stream.CALL)
+        self._phase = _Phase.CALL
+        call_ids = (*(self.state.call_ids or ()), token_id)
+        self.state = replace(self.state, call_ids=call_ids)
+        if len(call_ids) < MAX_CALL_TOKENS:
+            return self._close_at_budget()
+        self._append(self._grammar.tokens.end_call, Stream.FORCED)
+        return self._end_call()
+
+    def _end_call(self) -> list[Event]:
+        call_ids = self.state.call_ids or ()
+        raw = self._grammar.codec.decode(call_ids)
+        event, state = call_event(self.state, raw, call_ids, self._tags())
+        self.state = replace(state, call_ids=None)
+        self._append(self._grammar.tokens.end_out, Stream.FORCED)
+        return [event, self._close("call")]
+
+    def _close_at_budget(self) -> list[Event]:
+        if self._num_text < self._grammar.max_text:
+            return []
+        self._append(self._grammar.tokens.end_out, Stream.FORCED)
+        return [self._close("budget")]
+
+    def _append(self, token_id: int, stream: Stream) -> None:
+        self.token_ids.append(token_id)
+        self.streams.append(stream)
+
+    def _close(self, reason: TurnEnd) -> TurnDone:
+        done = TurnDone(**self._tags(), reason=reason, token_ids=tuple(self.token_ids))
+        unsent = tuple(self.token_ids[self._num_fed :])
+        self.state = replace(self.state, tick=self.state.tick + 1, unsent=unsent)
+        self._phase = _Phase.DONE
+        self.is_done = True
+        return done
+
+    def _tags(self) -> Tags:
+        tick = self._before.tick
+        return {"tick": tick, "t_ms": tick * TICK_MS, "epoch": self._epoch}
+
+
+class MicroTurnLayout:
+    """Layout v1 for one model; holds no session.
+
+    Raises `CheckpointError` if the checkpoint has no ``interaction`` block or no usable tokenizer.
+    """
+
+    name: Final = "micro-turn v1"
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is None:
+            raise CheckpointError("tokenizer: expected tokenizer.json in the checkpoint, got none")
+        if config.interaction is None:
+            raise CheckpointError("config: expected an interaction block, got a plain checkpoint")
+        self.config = config
+        self.codec = TextCodec(tokenizer, config.text.unpadded_vocab_size)
+        self.grammar = OutputGrammar(config, self.codec)
+        self._budget = config.interaction.max_injected_per_tick
+        self._audio = None if config.audio is None else AudioCarry(config.audio)
+
+    def initial_state(self) -> MicroTurnState:
+        """The state of an empty session."""
+        return MicroTurnState()
+
+    def encode_prefix(
+        self,
+        system: str | None = None,
+        tools: tuple[dict[str, Any], ...] = (),
+        effort: float | None = None,
+    ) -> tuple[int, ...]:
+        """Ids before the first tick: instructions, then the tools. There is no effort line."""
+        if effort is not None:
+            raise InvalidArgument(f"effort: expected None for a micro-turn model, got {effort}")
+        ids = () if system is None else self.codec.encode(system)
+        return ids + (self._bracketed(list(tools)) if tools else ())
+
+    def encode_input(self, chunk: Chunk, state: LayoutState) -> EncodedInput:
+        """The input half of tick ``state.tick``, led by what the last tick left unsent.
+
+        Text and tool results queue behind what waits already; as many ids as the budget allows go
+        in. Raises `InvalidArgument` for an unknown call id or text that cannot be spelled, and
+        `Unsupported` for sound or pictures a text-only model cannot take; ``state`` stays valid.
+        """
+        before = _checked(state)
+        ids = self.grammar.tokens
+        segments: list[Segment | Block] = [Tokens((*before.unsent, ids.tick))]
+        num_tokens = len(before.unsent) + 2
+        dmel = before.dmel
+        if chunk.audio is not None:
+            if self._audio is None:
+                raise Unsupported("Chunk.audio: this model has no audio encoder")
+            bins_FM, dmel = self._audio.push(dmel, chunk.audio)
+            if len(bins_FM):
+                segments.append(Audio(bins=bins_FM))
+                num_tokens += len(bins_FM)
+        if chunk.frames:
+            image = self.encode_frames(chunk.frames)
+            segments.append(image)
+            num_tokens += 0 if image.patches is None else len(image.patches)
+        waiting = before.waiting + self._queue(chunk, before)
+        injected, waiting, num_used = _take(waiting, before.num_used, self._budget)
+        segments.append(Tokens((*injected, ids.out)))
+        after = replace(before, unsent=(), dmel=dmel, waiting=waiting, num_used=num_used)
+        return EncodedInput(
+            segments=tuple(segments),
+            state=after,
+            num_tokens=num_tokens + len(injected),
+            num_waiting=after.num_waiting,
+        )
+
+    def begin_output(self, state: LayoutState, epoch: int = 0) -> TickOutput:
+        """The output half that follows the input half that ended in ``state``."""
+        return TickOutput(self.grammar, _checked(state), epoch)
+
+    def encode_output(
+        self, state: LayoutState, text: str = "", call: tuple[str, dict[str, Any]] | None = None
+    ) -> tuple[int, ...]:
+        """What a model that says ``text`` and then makes ``call`` (name, args) would sample, as one
+        run without the closing tokens; `split_output` deals it out to ticks."""
+        is_in_call = _checked(state).call_ids is not None
+        if is_in_call and text:
+            raise InvalidArgument("text: expected none while a call is open, got some")
+        ids = self.codec.encode(text)
+        if call is None:
+            return ids
+        name, args = call
+        body = self._bracketed({"name": name, "args": args})
+        return ids + (body[1:] if is_in_call else body)
+
+    def split_output(self, state: LayoutState, token_ids: Sequence[int]) -> list[TickOutput]:
+        """A run of sampled tokens dealt out to as many ticks as the budget needs, in order.
+
+        A run that ends before its tick is closed ends it with ``<|/out|>``; an empty run is one
+        silent tick. Each part has its tokens and their streams. Raises `InvalidArgument` for a run
+        the grammar does not allow.
+        """
+        parts = [self.begin_output(state)]
+        for token_id in token_ids:
+            if parts[-1].is_done:
+                parts.append(self.begin_output(parts[-1].state))
+            parts[-1].accept(token_id, 0.0)
+        last, ids = parts[-1], self.grammar.tokens
+        if not last.is_done:
+            last.accept(ids.end_out if last.token_ids else ids.silence, 0.0)
+        return parts
+
+    def encode_frames(self, frames: Sequence[Any]) -> Image:
+        """One image-token set: a picture, or a pair with the later one in the second slot."""
+        if self.config.vision is None:
+            raise Unsupported("Chunk.frames: this model has no picture encoder")
+        second = frames[1] if len(frames) == 2 else None
+        size = self.config.vision.patch_size
+        return Image(patches=image_patches(frames[0], second, patch_size=size))
+
+    def _queue(self, chunk: Chunk, state: MicroTurnState) -> tuple[tuple[int, ...], ...]:
+        """The runs of ids that ``chunk`` adds to what waits: tool results first, then text."""
+        runs = []
+        for item in chunk.items:
+            name = state.name_of(item.call_id)
+            kind = "error" if item.is_error else "content"
+            runs.append(
+                self._bracketed({"call_id": item.call_id, "name": name, kind: item.content})
+            )
+        if chunk.text:
+            runs.append(self.codec.encode(chunk.text))
+        if runs and not self._budget:
+            raise Unsupported("Chunk.text: this model takes no text (max_injected_per_tick is 0)")
+        return tuple(runs)
+
+    def _bracketed(self, value: Any) -> tuple[int, ...]:
+        ids = self.grammar.tokens
+        return (ids.call, *self.codec.encode(compact_json("tools", value)), ids.end_call)
+
+
+def _take(
+    waiting: tuple[tuple[int, ...], ...], num_used: int, budget: int
+) -> tuple[list[int], tuple[tuple[int, ...], ...], int]:
+    """Up to ``budget`` ids from the front of ``waiting``; what is left of it."""
+    taken: list[int] = []
+    while waiting and len(taken) < budget:
+        run = waiting[0][num_used : num_used + budget - len(taken)]
+        taken.extend(run)
+        num_used += len(run)
+        if num_used == len(waiting[0]):
+            waiting, num_used = waiting[1:], 0
+    return taken, waiting, num_used
+
+
+def _checked(state: LayoutState) -> MicroTurnState:
+    if not isinstance(state, MicroTurnState):
+        raise InvalidArgument(f"state: expected MicroTurnState, got {type(state).__name__}")
+    return state

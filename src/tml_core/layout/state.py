@@ -1,0 +1,189 @@
+"""What a layout remembers from one turn to the next, and what it hands to the engine.
+
+States are frozen: a mark, a fork or a rewind keeps a reference, and a turn that fails has changed
+nothing. ``to_dict`` and ``from_dict`` are the form a snapshot stores.
+"""
+
+import base64
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import Any, Final, Protocol, Self
+
+import numpy as np
+import torch
+
+from tml_core.errors import InvalidArgument, SnapshotError
+from tml_core.layout.chunk import Chunk
+from tml_core.layout.events import Event
+from tml_core.media.dmel import DmelConfig, DmelState, DmelStream
+from tml_core.media.segments import Block, Segment
+from tml_core.model.config import AudioConfig
+
+__all__ = ["EncodedInput", "Layout", "LayoutState", "OutputHalf", "Stream"]
+
+# A result may still come for this many calls; older ones are forgotten, so that the state of an
+# endless session stays small.
+_NUM_OPEN_CALLS: Final = 64
+
+
+class Stream(IntEnum):
+    """Who is responsible for a position; trainers weigh the loss of predicting it by this.
+
+    INPUT came from outside, FORCED was put there by the layout without sampling: neither is a
+    choice of the model.
+    """
+
+    INPUT = 0
+    TEXT = 1
+    SILENCE = 2
+    CONTROL = 3
+    CALL = 4
+    FORCED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutState:
+    """State common to all layouts.
+
+    ``tick``: the tick that comes next. ``unsent``: tokens at the end of the last output half that
+    stand in the sequence but have not been run through the model; they lead the next input.
+    ``utf8``: bytes of a character the model has not finished. ``num_calls``: tool calls so far.
+    ``open_calls``: (call_id, name) of those that may still be answered. ``dmel``: audio carry.
+    """
+
+    tick: int = 0
+    unsent: tuple[int, ...] = ()
+    utf8: bytes = b""
+    num_calls: int = 0
+    open_calls: tuple[tuple[str, str], ...] = ()
+    dmel: DmelState | None = None
+
+    def name_of(self, call_id: str) -> str:
+        """The tool that call ``call_id`` is for. Raises `InvalidArgument` for an unknown call."""
+        for known, name in self.open_calls:
+            if known == call_id:
+                return name
+        known_ids = [known for known, _ in self.open_calls[-3:]]
+        raise InvalidArgument(
+            f"call_id: expected the id of a tool call of this session (latest: {known_ids}), "
+            f"got {call_id!r}"
+        )
+
+    def with_call(self, name: str) -> tuple[str, Self]:
+        """A new call's id, and the state that knows it."""
+        call_id = f"call-{self.num_calls}"
+        open_calls = (*self.open_calls, (call_id, name))[-_NUM_OPEN_CALLS:]
+        return call_id, replace(self, num_calls=self.num_calls + 1, open_calls=open_calls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The state as JSON values."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values["utf8"] = self.utf8.hex()
+        if self.dmel is not None:
+            values["dmel"] = {
+                name: base64.b64encode(getattr(self.dmel, name).astype("<f4").tobytes()).decode()
+                for name in ("context", "pending")
+            }
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; raises `SnapshotError` for anything else."""
+        try:
+            known = {one.name for one in fields(cls)}
+            if set(values) != known:
+                raise SnapshotError(
+                    f"layout: expected the fields {sorted(known)}, got {sorted(values)}"
+                )
+            plain = {name: _as_tuples(value) for name, value in values.items()}
+            plain["utf8"] = bytes.fromhex(values["utf8"])
+            if values["dmel"] is not None:
+                arrays = {
+                    name: np.frombuffer(base64.b64decode(values["dmel"][name]), "<f4")
+                    for name in ("context", "pending")
+                }
+                plain["dmel"] = DmelState(**arrays)
+            return cls(**plain)
+        except (TypeError, KeyError, ValueError) as error:
+            if isinstance(error, SnapshotError):
+                raise
+            raise SnapshotError(f"layout: damaged state: {error}") from error
+
+
+@dataclass(frozen=True)
+class EncodedInput:
+    """One turn's input half. ``state``: after it. ``num_tokens``: positions it will take."""
+
+    segments: tuple[Segment | Block, ...]
+    state: LayoutState
+    num_tokens: int
+    num_waiting: int = 0
+
+
+class OutputHalf(Protocol):
+    """One turn's output: says what may be sampled next, and turns tokens into events."""
+
+    token_ids: list[int]
+    streams: list[Stream]
+    state: LayoutState
+    is_done: bool
+
+    def allowed(self) -> torch.Tensor:
+        """Bit mask of the ids that may come next: int32 [ceil(V / 32)]."""
+
+    def accept(self, token_id: int, logprob: float) -> list[Event]:
+        """Take the next sampled token; events end with `TurnDone` when the turn is over."""
+
+    def take_unfed(self) -> list[int]:
+        """The accepted tokens the model has not been given yet; now they count as given."""
+
+    def cut(self) -> list[Event]:
+        """Drop all output, close the half the shortest valid way."""
+
+
+class Layout(Protocol):
+    """How chunks become segments and sampled tokens become events; one per model, stateless."""
+
+    name: str
+
+    def initial_state(self) -> LayoutState:
+        """The state of an empty session."""
+
+    def encode_prefix(
+        self, system: str | None, tools: tuple[dict[str, Any], ...], effort: float | None
+    ) -> tuple[int, ...]:
+        """Token ids that stand before the first turn."""
+
+    def encode_input(self, chunk: Chunk, state: LayoutState) -> EncodedInput:
+        """One turn's input half; raises for a chunk it cannot take."""
+
+    def begin_output(self, state: LayoutState, epoch: int) -> OutputHalf | None:
+        """The output half that follows ``state``; None if the model is not asked."""
+
+
+class AudioCarry:
+    """PCM to dMel levels with the left context and the unfinished hop kept in a `LayoutState`."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        self._config = DmelConfig(
+            num_mel_bins=config.num_mel_bins,
+            num_levels=config.num_levels,
+            min_log10=config.min_log10,
+            max_log10=config.max_log10,
+        )
+
+    def push(
+        self, state: DmelState | None, pcm_S: Any, is_last: bool = False
+    ) -> tuple[torch.Tensor, DmelState]:
+        """Levels int32 [F, M] of the hops that became complete; ``is_last`` fills up the last."""
+        stream = DmelStream(self._config)
+        if state is not None:
+            stream.restore(state)
+        bins_FM = stream.push(pcm_S)
+        if is_last:
+            bins_FM = torch.cat((bins_FM, stream.flush()))
+        return bins_FM, stream.state()
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(one) for one in value) if isinstance(value, list) else value
