@@ -7,7 +7,14 @@ namespace tml {
 
 void bind_memory(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
+void bind_lm_head(nanobind::module_& m);
 void bind_machine(nanobind::module_& m);
 void bind_moe(nanobind::module_& m);
+void bind_session_attn(nanobind::module_& m);
+void bind_router(nanobind::module_& m);
+void bind_attn_prologue(nanobind::module_& m);
+void bind_embed(nanobind::module_& m);
+void bind_rms_norm(nanobind::module_& m);
+void bind_sconv_norm(nanobind::module_& m);
 
 }  // namespace tml

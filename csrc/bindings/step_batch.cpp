@@ -46,8 +46,7 @@ void check_slots(const char* op, const StepBatch& batch, std::int64_t num_slots)
   ++stamp;
   for (std::int64_t s = 0; s < batch.num_seqs; ++s) {
     const std::int64_t slot = batch.slots[s];
-    if (slot < 0 || slot >= num_slots)
-      refuse(at(op, "slots", s), range_text(0, num_slots), slot);
+    if (slot < 0 || slot >= num_slots) refuse(at(op, "slots", s), range_text(0, num_slots), slot);
     std::uint64_t& seen = stamps[static_cast<std::size_t>(slot)];
     if (seen == stamp) refuse(at(op, "slots", s), "distinct within a step", slot);
     seen = stamp;
@@ -72,15 +71,14 @@ void check_entries(const char* op, const KvPages& pages, std::int64_t slot, std:
                    std::int64_t end, std::int64_t lowest, std::int64_t num_pages) {
   if (end > pages.table_row_stride * kPageLen)
     throw ArgumentError(std::string(op) + ": table has room for " +
-                        std::to_string(pages.table_row_stride * kPageLen) +
-                        " positions, slot " + std::to_string(slot) + " needs " +
-                        std::to_string(end));
+                        std::to_string(pages.table_row_stride * kPageLen) + " positions, slot " +
+                        std::to_string(slot) + " needs " + std::to_string(end));
   const std::int32_t* row = pages.table + slot * pages.table_row_stride;
   for (std::int64_t page = begin / kPageLen; page * kPageLen < end; ++page)
     if (row[page] < lowest || row[page] >= num_pages)
-      refuse(std::string(op) + ": table[" + std::to_string(slot) + ", " + std::to_string(page) +
-                 "]",
-             "a page id " + range_text(lowest, num_pages), row[page]);
+      refuse(
+          std::string(op) + ": table[" + std::to_string(slot) + ", " + std::to_string(page) + "]",
+          "a page id " + range_text(lowest, num_pages), row[page]);
 }
 
 }  // namespace
@@ -111,7 +109,7 @@ StepBatch batch_arg(const char* op, nb::handle cu_tokens_h, nb::handle slots_h,
   if (!visible_end_h.is_none()) {
     const Tensor visible_end(visible_end_h, op, "visible_end");
     visible_end.dtype(DType::kI64).shape({num_tokens}).contiguous();
-    if (batch.start_pos == nullptr)
+    if (start_pos_h.is_none())
       throw ArgumentError(std::string(op) + ": visible_end needs start_pos, got None");
     batch.visible_end = visible_end.data<const std::int64_t>();
     check_visible_end(op, batch);
@@ -130,8 +128,7 @@ KvPages pages_arg(const char* op, const Tensor& pages, std::int64_t layer, const
   const std::int64_t head_stride = 2 * pages.size(4);
   const std::int64_t layer_stride = pages.size(2) * head_stride;
   KvPages out{};
-  out.pages = pages.data<char>() +
-              layer * layer_stride * static_cast<std::int64_t>(size_of(dtype));
+  out.pages = pages.data<char>() + layer * layer_stride * static_cast<std::int64_t>(size_of(dtype));
   out.page_stride = pages.size(1) * layer_stride;
   out.head_stride = head_stride;
   out.table = table.data<const std::int32_t>();
@@ -163,9 +160,7 @@ void check_visible_pages(const char* op, const StepBatch& batch, const KvPages& 
 
 ConvRows conv_arg(const char* op, const Tensor& conv_rows, std::int64_t layer, std::int64_t channel,
                   std::int64_t num_channels, std::int64_t num_slots, DType dtype) {
-  conv_rows.dtype(dtype)
-      .shape({num_slots, kAny, contract::kConvTaps - 1, kAny})
-      .rows_contiguous();
+  conv_rows.dtype(dtype).shape({num_slots, kAny, contract::kConvTaps - 1, kAny}).rows_contiguous();
   if (layer < 0 || layer >= conv_rows.size(1))
     refuse(std::string(op) + ": conv layer",
            range_text(0, conv_rows.size(1)) + " (layers of conv_rows)", layer);

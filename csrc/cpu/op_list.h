@@ -1,13 +1,30 @@
 // Every op with a CPU kernel: its name and its contract. Adding an op is one include and one line.
 #pragma once
 
+#include "ops/attn_prologue.h"
+#include "ops/dmel_embed.h"
+#include "ops/embed.h"
 #include "ops/linear.h"
+#include "ops/lm_head.h"
 #include "ops/machine.h"
 #include "ops/moe.h"
+#include "ops/rms_norm.h"
+#include "ops/router.h"
+#include "ops/sconv_norm.h"
+#include "ops/session_attn.h"
 
-#define TML_CPU_OPS(X)               \
-  X(pack_weight, PackWeightParams)   \
-  X(linear, LinearParams)            \
-  X(read_bytes, ReadBytesParams)     \
-  X(dot_peak, DotPeakParams)         \
-  X(moe, MoeParams)
+#define TML_CPU_OPS(X)                 \
+  X(pack_weight, PackWeightParams)     \
+  X(linear, LinearParams)              \
+  X(read_bytes, ReadBytesParams)       \
+  X(dot_peak, DotPeakParams)           \
+  X(moe, MoeParams)                    \
+  X(router, RouterParams)              \
+  X(rms_norm, RmsNormParams)           \
+  X(embed, EmbedParams)                \
+  X(dmel_embed, DmelEmbedParams)       \
+  X(attn_prologue, AttnPrologueParams) \
+  X(session_attn, SessionAttnParams)   \
+  X(sconv_norm, SconvNormParams)     \
+  X(lm_head_logprobs, LmHeadLogprobsParams) \
+  X(lm_head_sample, LmHeadSampleParams)
