@@ -95,8 +95,8 @@ class Block:
             if default is REQUIRED:
                 self.refuse(f"{key} is missing and implementations differ on its default")
             return default
-        value = next(iter(found.values()))
-        if any(other != value for other in found.values()):
+        value, *others = found.values()
+        if any(other != value for other in others):
             self.refuse(f"spellings of one value disagree: {_show(found)}")
         return value
 

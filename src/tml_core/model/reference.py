@@ -2,7 +2,8 @@
 
 Rounding points follow the contract: a product of matrices accumulates in float32 and is rounded
 once to the model's dtype; the relative bias, attention scores and probabilities, router, expert
-sums and logits stay float32. In float32 nothing is rounded and the result is transformers'.
+sums and logits stay float32 (the attention kernel rounds its probabilities before they meet V).
+In float32 nothing is rounded and the result is transformers'.
 
 Legend: T tokens, D hidden, H query heads, K kv heads, C head width, R relative states, I inner
 width, V vocabulary, F audio frames, M mel bins, P patches.
