@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -308,6 +309,17 @@ def test_random_weights_are_a_function_of_seed_and_name(mixed) -> None:
     assert all(value.numel() == 1 or value.std() > 0.01 for value in weights.values())
 
 
+def test_random_weights_stand_in_for_a_directory_without_files(mixed, tmp_path: Path) -> None:
+    _, config, tensors = mixed
+    seeded = dataclasses.replace(config, init_seed=7)
+    weights = load_weights(tmp_path, seeded, torch.bfloat16)
+    assert_same(weights, random_weights(config, 7, torch.bfloat16))
+    # Files win over the seed, even when they are not enough.
+    save_file({"lm_head.weight": tensors["lm_head.weight"]}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight is missing"):
+        load_weights(tmp_path, seeded, torch.bfloat16)
+
+
 def test_random_weights_are_the_same_on_every_machine() -> None:
     config = ModelConfig.from_path(bundled_path("nano"))
     weights = load_weights(bundled_path("nano"), config, torch.bfloat16)
@@ -319,17 +331,6 @@ def test_random_weights_are_the_same_on_every_machine() -> None:
         "lm_head.weight": "fe102469de7f3e06",
         "model.language_model.layers.3.mlp.experts.gate_up_proj": "7e873dec19342a7c",
     }
-
-
-def test_random_weights_stand_in_for_a_directory_without_files(tmp_path: Path) -> None:
-    config = ModelConfig.from_path(bundled_path("nano"))
-    assert config.init_seed is not None
-    weights = load_weights(bundled_path("nano"), config, torch.bfloat16)
-    assert_same(weights, random_weights(config, config.init_seed, torch.bfloat16))
-    # Files win over the seed, even when they are not enough.
-    save_file({"lm_head.weight": weights["lm_head.weight"]}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"embed_tokens.weight is missing"):
-        load_weights(tmp_path, config, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
