@@ -59,6 +59,7 @@ NB_MODULE(_ext, m) {
   });
 
   tml::bind_memory(m);
+  tml::bind_decoder_step(m);
   tml::bind_linear(m);
   tml::bind_lm_head(m);
   tml::bind_router(m);

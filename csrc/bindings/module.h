@@ -6,6 +6,7 @@
 namespace tml {
 
 void bind_memory(nanobind::module_& m);
+void bind_decoder_step(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_lm_head(nanobind::module_& m);
 void bind_machine(nanobind::module_& m);
