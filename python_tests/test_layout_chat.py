@@ -211,7 +211,7 @@ def test_whatever_the_masks_allow_ends_and_comes_back(data: st.DataObject) -> No
         output.accept(data.draw(pick), -0.5)
     assert output.token_ids[-1] == STOP
     stored = json.loads(json.dumps(output.state.to_dict()))
-    assert ChatState.from_dict(stored) == output.state
+    assert ChatState.from_dict(stored, output.state.dmel) == output.state
     again = chat().begin_output(state, max_tokens=10**6)
     assert again is not None
     for token in output.token_ids:

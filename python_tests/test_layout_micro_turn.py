@@ -305,7 +305,7 @@ def test_whatever_the_masks_allow_parses_and_comes_back(data: st.DataObject) -> 
             events += output.accept(data.draw(pick), -0.5)
         # A state survives being stored.
         stored = json.loads(json.dumps(output.state.to_dict()))
-        assert MicroTurnState.from_dict(stored) == output.state
+        assert MicroTurnState.from_dict(stored, output.state.dmel) == output.state
         halves.append(output.token_ids)
         assert len(output.streams) == len(output.token_ids)
         state = output.state
@@ -377,6 +377,6 @@ def test_layout_refusals() -> None:
     with pytest.raises(errors.Unsupported, match="no picture encoder"):
         layout.encode_input(Chunk(frames=[np.zeros((1, 1, 3), np.uint8)]), MicroTurnState())
     with pytest.raises(errors.SnapshotError, match="layout: expected the fields"):
-        MicroTurnState.from_dict({})
+        MicroTurnState.from_dict({}, None)
     with pytest.raises(errors.InvalidArgument, match="text: expected valid Unicode"):
         layout.encode_input(Chunk(text="\ud800"), MicroTurnState())

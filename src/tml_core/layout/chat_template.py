@@ -257,7 +257,7 @@ class ChatLayout:
 
     def initial_state(self) -> ChatState:
         """The state of an empty session."""
-        return ChatState()
+        return ChatState(dmel=None if self._audio is None else self._audio.fresh)
 
     def encode_prefix(
         self,
@@ -292,7 +292,9 @@ class ChatLayout:
             writer.image(chunk.frames)
         if chunk.text:
             writer.text(chunk.text)
-        return writer.encoded(has_input=not chunk.is_idle)
+        # Without output the tick is over once its input is in.
+        has_input = writer.state.has_input or not chunk.is_idle
+        return writer.encoded(tick=writer.state.tick + 1, has_input=has_input)
 
     def encode_commit(self, state: LayoutState) -> EncodedInput:
         """What closes the user's message and asks the model to answer.
@@ -305,8 +307,7 @@ class ChatLayout:
         writer = _Writer(self, checked)
         writer.close_part()
         writer.tokens(self.ids["message_model"])
-        encoded = writer.encoded(has_input=True)
-        return replace(encoded, state=replace(writer.state, is_committed=True, unsent=()))
+        return writer.encoded(is_committed=True)
 
     def begin_output(
         self, state: LayoutState, epoch: int = 0, max_tokens: int = 512
@@ -387,20 +388,16 @@ class _Writer:
         ids = self._layout.ids
         if self.state.open_part == "audio":
             # Each recording stands alone: its last hop is filled up and no context is carried on.
-            empty_S = np.zeros(0, np.float32)
-            bins_FM, _ = self._layout.audio_carry.push(self.state.dmel, empty_S, is_last=True)
-            self._audio_frames(bins_FM)
+            self._audio_frames(self._layout.audio_carry.flush(self.state.dmel))
+            self.state = replace(self.state, dmel=self._layout.audio_carry.fresh)
             self.tokens(ids["audio_end"], ids["end_message"])
         elif self.state.open_part == "text":
             self.tokens(ids["end_message"])
-        self.state = replace(self.state, open_part="", dmel=None)
+        self.state = replace(self.state, open_part="")
 
-    def encoded(self, has_input: bool) -> EncodedInput:
+    def encoded(self, **changes: Any) -> EncodedInput:
         self._flush()
-        tick = self.state.tick
-        after = replace(
-            self.state, unsent=(), tick=tick, has_input=self.state.has_input or has_input
-        )
+        after = replace(self.state, unsent=(), **changes)
         return EncodedInput(tuple(self._segments), after, self._num_tokens)
 
     def _audio_frames(self, bins_FM: torch.Tensor) -> None:

@@ -249,7 +249,7 @@ class MicroTurnLayout:
 
     def initial_state(self) -> MicroTurnState:
         """The state of an empty session."""
-        return MicroTurnState()
+        return MicroTurnState(dmel=None if self._audio is None else self._audio.fresh)
 
     def encode_prefix(
         self,

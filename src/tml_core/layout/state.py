@@ -4,12 +4,10 @@ States are frozen: a mark, a fork or a rewind keeps a reference, and a turn that
 nothing. ``to_dict`` and ``from_dict`` are the form a snapshot stores.
 """
 
-import base64
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any, Final, Protocol, Self
 
-import numpy as np
 import torch
 
 from tml_core.errors import InvalidArgument, SnapshotError
@@ -19,7 +17,7 @@ from tml_core.media.dmel import DmelConfig, DmelState, DmelStream
 from tml_core.media.segments import Block, Segment
 from tml_core.model.config import AudioConfig
 
-__all__ = ["EncodedInput", "Layout", "LayoutState", "OutputHalf", "Stream"]
+__all__ = ["AudioCarry", "EncodedInput", "Layout", "LayoutState", "OutputHalf", "Stream"]
 
 # A result may still come for this many calls; older ones are forgotten, so that the state of an
 # endless session stays small.
@@ -76,37 +74,22 @@ class LayoutState:
         return call_id, replace(self, num_calls=self.num_calls + 1, open_calls=open_calls)
 
     def to_dict(self) -> dict[str, Any]:
-        """The state as JSON values."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        values["utf8"] = self.utf8.hex()
-        if self.dmel is not None:
-            values["dmel"] = {
-                name: base64.b64encode(getattr(self.dmel, name).astype("<f4").tobytes()).decode()
-                for name in ("context", "pending")
-            }
-        return values
+        """The state as JSON values, but for the audio carry, which the sequence keeps too."""
+        names = [one.name for one in fields(self) if one.name != "dmel"]
+        return {name: getattr(self, name) for name in names} | {"utf8": self.utf8.hex()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any], dmel: DmelState | None) -> Self:
         """The inverse of `to_dict`; raises `SnapshotError` for anything else."""
+        known = {one.name for one in fields(cls)} - {"dmel"}
+        if set(values) != known:
+            raise SnapshotError(
+                f"layout: expected the fields {sorted(known)}, got {sorted(values)}"
+            )
         try:
-            known = {one.name for one in fields(cls)}
-            if set(values) != known:
-                raise SnapshotError(
-                    f"layout: expected the fields {sorted(known)}, got {sorted(values)}"
-                )
             plain = {name: _as_tuples(value) for name, value in values.items()}
-            plain["utf8"] = bytes.fromhex(values["utf8"])
-            if values["dmel"] is not None:
-                arrays = {
-                    name: np.frombuffer(base64.b64decode(values["dmel"][name]), "<f4")
-                    for name in ("context", "pending")
-                }
-                plain["dmel"] = DmelState(**arrays)
-            return cls(**plain)
-        except (TypeError, KeyError, ValueError) as error:
-            if isinstance(error, SnapshotError):
-                raise
+            return cls(**plain | {"utf8": bytes.fromhex(values["utf8"]), "dmel": dmel})
+        except (TypeError, ValueError) as error:
             raise SnapshotError(f"layout: damaged state: {error}") from error
 
 
@@ -172,17 +155,22 @@ class AudioCarry:
             max_log10=config.max_log10,
         )
 
-    def push(
-        self, state: DmelState | None, pcm_S: Any, is_last: bool = False
-    ) -> tuple[torch.Tensor, DmelState]:
-        """Levels int32 [F, M] of the hops that became complete; ``is_last`` fills up the last."""
+        self.fresh = DmelStream(self._config).state()
+
+    def push(self, state: DmelState | None, pcm_S: Any) -> tuple[torch.Tensor, DmelState]:
+        """Levels int32 [F, M] of the hops that became complete, and what is carried on."""
+        stream = self._stream(state)
+        return stream.push(pcm_S), stream.state()
+
+    def flush(self, state: DmelState | None) -> torch.Tensor:
+        """Levels int32 [0 or 1, M] of the unfinished hop, filled up with zeros."""
+        return self._stream(state).flush()
+
+    def _stream(self, state: DmelState | None) -> DmelStream:
         stream = DmelStream(self._config)
         if state is not None:
             stream.restore(state)
-        bins_FM = stream.push(pcm_S)
-        if is_last:
-            bins_FM = torch.cat((bins_FM, stream.flush()))
-        return bins_FM, stream.state()
+        return stream
 
 
 def _as_tuples(value: Any) -> Any:
