@@ -64,7 +64,8 @@ def test_embed_bits_do_not_depend_on_batch_threads_or_isa(
     dtype: torch.dtype, each_isa: list[str]
 ) -> None:
     table, weight = draw(80 * 16, 257, dtype=dtype), draw(257, dtype=dtype, seed=1)
-    ids, bins = draw_ids(300, high=1280), draw_ids(10, 80, high=16).int()
+    ids, bins = draw_ids(400, high=1280), draw_ids(30, 80, high=16).int()
+    # enough elements that two threads really share them
     rows = embed(ids, table, weight, EPS)
     frames = dmel_embed(bins, table, 16, weight, EPS)
     for isa in each_isa:
@@ -73,7 +74,7 @@ def test_embed_bits_do_not_depend_on_batch_threads_or_isa(
             torch.set_num_threads(threads)
             assert torch.equal(embed(ids, table, weight, EPS), rows)
             assert torch.equal(dmel_embed(bins, table, 16, weight, EPS), frames)
-            alone = [dmel_embed(bins[i : i + 1], table, 16, weight, EPS) for i in range(10)]
+            alone = [dmel_embed(bins[i : i + 1], table, 16, weight, EPS) for i in range(30)]
             assert torch.equal(torch.cat(alone), frames)
         assert torch.equal(embed(ids[7:8], table, weight, EPS), rows[7:8])
 

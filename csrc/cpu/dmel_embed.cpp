@@ -13,7 +13,7 @@ namespace {
 constexpr int kVecs = 8;
 constexpr std::int64_t kBlock = kVecs * 16;
 // Below this many additions a second thread costs more than it saves.
-constexpr std::int64_t kMinParallelAdds = 128 << 10;
+constexpr std::int64_t kMinParallelAdds = 512 << 10;
 
 template <class T>
 void sum_columns(const DmelEmbedParams& p, std::int64_t frame, std::int64_t begin) {

@@ -9,7 +9,7 @@ namespace tml::cpu::TML_ISA_NS {
 namespace {
 
 // Below this many elements a second thread costs more than it saves.
-constexpr std::int64_t kMinParallelElements = 64 << 10;
+constexpr std::int64_t kMinParallelElements = 96 << 10;
 
 template <class T>
 void rms_norm_typed(const RmsNormParams& p) {
