@@ -1,5 +1,6 @@
 """lm_head: log-probabilities and sampling against the references, bits, statistics, refusals."""
 
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from tml_core import _ext, errors
 from tml_core.ops.linear import PackedWeight, linear, pack_weight
 from tml_core.ops.lm_head import (
+    SampleRows,
     lm_head_logits,
     lm_head_logprobs,
     lm_head_logprobs_reference,
@@ -38,27 +40,28 @@ def params(
     top_p: float = 1.0,
     seed: int = 7,
     position: int = 0,
-) -> dict[str, torch.Tensor]:
+) -> SampleRows:
     """The same settings for every row, at consecutive positions."""
-    return {
-        "temperature_B": torch.full((rows,), temperature),
-        "top_k_B": torch.full((rows,), top_k, dtype=torch.int32),
-        "top_p_B": torch.full((rows,), top_p),
-        "seed_B": torch.full((rows,), seed),
-        "position_B": torch.arange(position, position + rows),
-    }
+    return SampleRows(
+        temperature_B=torch.full((rows,), temperature),
+        top_k_B=torch.full((rows,), top_k, dtype=torch.int32),
+        top_p_B=torch.full((rows,), top_p),
+        seed_B=torch.full((rows,), seed),
+        position_B=torch.arange(position, position + rows),
+    )
 
 
-def mixed_params(rows: int) -> dict[str, torch.Tensor]:
+def mixed_params(rows: int, allowed_BW: torch.Tensor | None = None) -> SampleRows:
     """Greedy, plain, top-k, top-p and both, side by side."""
     row = torch.arange(rows)
-    return {
-        "temperature_B": torch.tensor([0.0, 1.0, 0.7, 1.3, 1.0, 0.5])[row % 6],
-        "top_k_B": torch.tensor([0, 0, 5, 0, 40, 300], dtype=torch.int32)[row % 6],
-        "top_p_B": torch.tensor([1.0, 1.0, 1.0, 0.9, 0.6, 0.999])[row % 6],
-        "seed_B": (row * 0x123456789ABCDEF) - (1 << 40),
-        "position_B": row * 3 + (1 << 33),
-    }
+    return SampleRows(
+        temperature_B=torch.tensor([0.0, 1.0, 0.7, 1.3, 1.0, 0.5])[row % 6],
+        top_k_B=torch.tensor([0, 0, 5, 0, 40, 300], dtype=torch.int32)[row % 6],
+        top_p_B=torch.tensor([1.0, 1.0, 1.0, 0.9, 0.6, 0.999])[row % 6],
+        seed_B=(row * 0x123456789ABCDEF) - (1 << 40),
+        position_B=row * 3 + (1 << 33),
+        allowed_BW=allowed_BW,
+    )
 
 
 # ---- logits and log-probabilities ----
@@ -181,10 +184,11 @@ def test_sample_matches_reference(dtype: torch.dtype, rows: int, vocab: int) -> 
     allowed = draw(rows, vocab, seed=2) > 0.3
     allowed[:, 0] |= ~allowed.any(dim=1)
     logits = lm_head_logits(h, packed, vocab)
-    tokens, _ = lm_head_sample(h, packed, vocab, **settings)
-    assert torch.equal(tokens, lm_head_sample_reference(logits, **settings))
-    tokens, _ = lm_head_sample(h, packed, vocab, **settings, allowed_BW=pack_allowed(allowed))
-    assert torch.equal(tokens, lm_head_sample_reference(logits, **settings, allowed_BV=allowed))
+    tokens, _ = lm_head_sample(h, packed, vocab, settings)
+    assert torch.equal(tokens, lm_head_sample_reference(logits, settings))
+    settings = mixed_params(rows, pack_allowed(allowed))
+    tokens, _ = lm_head_sample(h, packed, vocab, settings)
+    assert torch.equal(tokens, lm_head_sample_reference(logits, settings))
     assert allowed[torch.arange(rows), tokens].all()
 
 
@@ -192,7 +196,7 @@ def test_sample_matches_reference(dtype: torch.dtype, rows: int, vocab: int) -> 
 def test_sample_logprob_has_the_bits_of_lm_head_logprobs(dtype: torch.dtype) -> None:
     h, packed = draw(40, 64, dtype=dtype), pack_weight(draw(500, 64, dtype=dtype, seed=1))
     allowed = pack_allowed(draw(40, 490, seed=2) > 1.0)
-    tokens, logprobs = lm_head_sample(h, packed, 490, **mixed_params(40), allowed_BW=allowed)
+    tokens, logprobs = lm_head_sample(h, packed, 490, mixed_params(40, allowed))
     assert torch.equal(logprobs, lm_head_logprobs(h, packed, 490, tokens))
 
 
@@ -201,12 +205,11 @@ def test_sample_bits_do_not_depend_on_batch_threads_or_isa(
     dtype: torch.dtype, each_isa: list[str]
 ) -> None:
     h, packed = draw(101, 60, dtype=dtype), pack_weight(draw(900, 60, dtype=dtype, seed=1))
-    settings = mixed_params(101)
-    settings["allowed_BW"] = pack_allowed(draw(101, 890, seed=2) > -1.0)
+    settings = mixed_params(101, pack_allowed(draw(101, 890, seed=2) > -1.0))
 
     def sample(rows: slice) -> torch.Tensor:
-        part = {name: value[rows] for name, value in settings.items()}
-        tokens, logprobs = lm_head_sample(h[rows], packed, 890, **part)
+        part = SampleRows(*(getattr(settings, field.name)[rows] for field in fields(settings)))
+        tokens, logprobs = lm_head_sample(h[rows], packed, 890, part)
         return torch.stack([tokens.double(), logprobs.double()])
 
     expected = sample(slice(0, 101))
@@ -221,14 +224,14 @@ def test_sample_bits_do_not_depend_on_batch_threads_or_isa(
 
 def test_sample_ties_and_masks_go_to_the_lowest_allowed_id() -> None:
     flat = column(torch.zeros(300))
-    tokens, _ = lm_head_sample(ONE, flat, 300, **params(1, temperature=0.0))
+    tokens, _ = lm_head_sample(ONE, flat, 300, params(1, temperature=0.0))
     assert tokens.tolist() == [0]
     mask = torch.zeros(3, 300, dtype=torch.bool)
     mask[0, 299] = mask[1, 127] = mask[1, 128] = mask[2, 31] = mask[2, 32] = True
     allowed = pack_allowed(mask)
     ones = ONE.expand(3, 1)
     for settings in (params(3, temperature=0.0), params(3, top_k=1), params(3, top_p=1e-6)):
-        tokens, logprobs = lm_head_sample(ones, flat, 300, **settings, allowed_BW=allowed)
+        tokens, logprobs = lm_head_sample(ones, flat, 300, replace(settings, allowed_BW=allowed))
         assert tokens.tolist() == [299, 127, 31]
         assert torch.equal(logprobs, lm_head_logprobs(ones, flat, 300, tokens))
 
@@ -236,39 +239,37 @@ def test_sample_ties_and_masks_go_to_the_lowest_allowed_id() -> None:
 def test_sample_ignores_mask_bits_past_the_vocabulary() -> None:
     allowed = torch.tensor([[0, -16]], dtype=torch.int32)  # ids 36 to 63
     for settings in (params(1, temperature=0.0), params(1), params(1, top_p=0.5)):
-        tokens, _ = lm_head_sample(ONE, column(torch.zeros(64)), 37, **settings, allowed_BW=allowed)
+        tokens, _ = lm_head_sample(
+            ONE, column(torch.zeros(64)), 37, replace(settings, allowed_BW=allowed)
+        )
         assert tokens.tolist() == [36]
     with pytest.raises(errors.InvalidArgument, match="allowed must be a mask with at least one"):
-        lm_head_sample(ONE, column(torch.zeros(64)), 36, **params(1), allowed_BW=allowed)
+        lm_head_sample(ONE, column(torch.zeros(64)), 36, replace(params(1), allowed_BW=allowed))
 
 
 def test_wide_filters_draw_what_no_filter_draws() -> None:
     h, packed = draw(50, 16), pack_weight(draw(400, 16, seed=1))
-    plain, _ = lm_head_sample(h, packed, 400, **params(50))
-    wide, _ = lm_head_sample(h, packed, 400, **params(50, top_k=400))
+    plain, _ = lm_head_sample(h, packed, 400, params(50))
+    wide, _ = lm_head_sample(h, packed, 400, params(50, top_k=400))
     assert torch.equal(plain, wide)
-    huge, _ = lm_head_sample(h, packed, 400, **params(50, top_k=2**31 - 1))
+    huge, _ = lm_head_sample(h, packed, 400, params(50, top_k=2**31 - 1))
     assert torch.equal(plain, huge)
 
 
-def test_sample_survives_nan_and_infinite_logits() -> None:
-    nan = float("nan")
-    settings = [params(4, temperature=0.0), params(4), params(4, top_k=3), params(4, top_p=0.9)]
-    for setting in settings:
-        mixed = column([nan, -torch.inf, nan, 2.0] + [nan] * 200)
-        tokens, logprobs = lm_head_sample(ONE.expand(4, 1), mixed, 204, **setting)
-        assert tokens.tolist() == [3] * 4 and logprobs.isnan().all()
-        for filler in (nan, -torch.inf):
-            mask = torch.zeros(4, 200, dtype=torch.bool)
-            mask[:, [150, 170]] = True
-            tokens, _ = lm_head_sample(
-                ONE.expand(4, 1),
-                column([filler] * 200),
-                200,
-                **setting,
-                allowed_BW=pack_allowed(mask),
-            )
-            assert tokens.tolist() == [150] * 4
+def test_sample_survives_nan_and_infinite_logits(each_isa: list[str]) -> None:
+    nan, ones = float("nan"), ONE.expand(4, 1)
+    mask = torch.zeros(4, 200, dtype=torch.bool)
+    mask[:, [150, 170]] = True
+    for isa in each_isa:
+        _ext.set_isa(isa)
+        for rows in (params(4, 0.0), params(4), params(4, top_k=3), params(4, top_p=0.9)):
+            mixed = column([nan, -torch.inf, nan, 2.0] + [nan] * 200)
+            tokens, logprobs = lm_head_sample(ones, mixed, 204, rows)
+            assert tokens.tolist() == [3] * 4 and logprobs.isnan().all()
+            masked = replace(rows, allowed_BW=pack_allowed(mask))
+            for filler in (nan, -torch.inf):
+                tokens, _ = lm_head_sample(ones, column([filler] * 200), 200, masked)
+                assert tokens.tolist() == [150] * 4
 
 
 SHAPE = [2.0, 0.5, 1.5, -1.0, 0.0, 1.0, -2.0, 0.7, 0.2, -0.4]
@@ -289,7 +290,7 @@ SHAPE = [2.0, 0.5, 1.5, -1.0, 0.0, 1.0, -2.0, 0.7, 0.2, -0.4]
 def test_sample_frequencies(temperature: float, top_k: int, top_p: float, kept: list[int]) -> None:
     rows = 20_000
     tokens, _ = lm_head_sample(
-        ONE.expand(rows, 1), column(SHAPE), 10, **params(rows, temperature, top_k, top_p)
+        ONE.expand(rows, 1), column(SHAPE), 10, params(rows, temperature, top_k, top_p)
     )
     scaled = torch.full((10,), -torch.inf, dtype=torch.float64)
     scaled[list(kept)] = torch.tensor(SHAPE, dtype=torch.float64)[list(kept)] / temperature
@@ -304,9 +305,7 @@ def test_sample_frequencies(temperature: float, top_k: int, top_p: float, kept: 
 def test_sample_covers_rare_ids_evenly() -> None:
     """Where every id is rare the largest noise decides: its far tail must not be coarse."""
     rows, vocab = 4000, 4096
-    tokens, _ = lm_head_sample(
-        ONE.expand(rows, 1), column(torch.zeros(vocab)), vocab, **params(rows)
-    )
+    tokens, _ = lm_head_sample(ONE.expand(rows, 1), column(torch.zeros(vocab)), vocab, params(rows))
     counts = torch.bincount(tokens // 256, minlength=16).double()
     chi2 = ((counts - rows / 16) ** 2 / (rows / 16)).sum().item()
     assert chi2 < 39.7  # 99.95 % at 15 degrees of freedom; the seed is fixed
@@ -317,25 +316,25 @@ def test_sample_covers_rare_ids_evenly() -> None:
 def test_draws_depend_on_seed_and_position_only() -> None:
     flat = column(torch.zeros(1000))
     ones = ONE.expand(64, 1)
-    first, _ = lm_head_sample(ones, flat, 1000, **params(64, seed=1))
-    again, _ = lm_head_sample(ones, flat, 1000, **params(64, seed=1))
-    shifted, _ = lm_head_sample(ones, flat, 1000, **params(64, seed=1, position=1))
+    first, _ = lm_head_sample(ones, flat, 1000, params(64, seed=1))
+    again, _ = lm_head_sample(ones, flat, 1000, params(64, seed=1))
+    shifted, _ = lm_head_sample(ones, flat, 1000, params(64, seed=1, position=1))
     assert torch.equal(first, again)
     assert torch.equal(shifted[:-1], first[1:])
     for other in (2, 1 + (1 << 32), -1):
-        tokens, _ = lm_head_sample(ones, flat, 1000, **params(64, seed=other))
+        tokens, _ = lm_head_sample(ones, flat, 1000, params(64, seed=other))
         assert (tokens == first).sum() < 5
-    far, _ = lm_head_sample(ones, flat, 1000, **params(64, seed=1, position=1 << 32))
+    far, _ = lm_head_sample(ones, flat, 1000, params(64, seed=1, position=1 << 32))
     assert (far == first).sum() < 5
 
 
 def test_steady_sampling_grows_no_scratch() -> None:
     h, packed = draw(33, 60), pack_weight(draw(900, 60, seed=1))
     settings = mixed_params(33)
-    lm_head_sample(h, packed, 900, **settings)
+    lm_head_sample(h, packed, 900, settings)
     before = _ext.num_scratch_growths()
     for _ in range(3):
-        lm_head_sample(h, packed, 900, **settings)
+        lm_head_sample(h, packed, 900, settings)
     assert _ext.num_scratch_growths() == before
 
 
@@ -367,9 +366,9 @@ def test_pack_allowed() -> None:
 )
 def test_sample_refuses_values_out_of_range(name: str, value: float, message: str) -> None:
     settings = params(2)
-    settings[name][1] = value
+    getattr(settings, name)[1] = value
     with pytest.raises(errors.InvalidArgument, match=f"lm_head_sample: {message}"):
-        lm_head_sample(ONE.expand(2, 1), column(torch.zeros(40)), 40, **settings)
+        lm_head_sample(ONE.expand(2, 1), column(torch.zeros(40)), 40, settings)
 
 
 def test_sample_refuses_shapes_and_types() -> None:
@@ -377,7 +376,7 @@ def test_sample_refuses_shapes_and_types() -> None:
 
     def refused(match: str, **changes: Any) -> None:
         with pytest.raises(errors.InvalidArgument, match=match):
-            lm_head_sample(h, packed, 70, **{**params(2), **changes})
+            lm_head_sample(h, packed, 70, replace(params(2), **changes))
 
     refused(r"temperature must be of shape \[2\]", temperature_B=torch.ones(3))
     refused("temperature must be float32", temperature_B=torch.ones(2).double().long())

@@ -131,19 +131,21 @@ def test_router_ties_go_to_the_lower_id() -> None:
     assert torch.equal(got.weights, torch.full((1, 4), 0.2))
 
 
-def test_router_never_prefers_nan_to_a_number() -> None:
+def test_router_never_prefers_nan_to_a_number(each_isa: list[str]) -> None:
     weight = torch.arange(-4.0, 5.0)[:, None]  # logits -4..3 routed, 4 shared
     weight[6:8] = float("nan")
-    got = router(torch.ones(1, 1), pack_weight(weight), torch.zeros(8), top_k=3, scale=1.0)
-    assert got.expert_ids.tolist() == [[3, 4, 5]]
-    assert got.weights.isfinite().all() and got.gammas.isfinite().all()
-    got = router(torch.ones(1, 1), pack_weight(weight), torch.zeros(8), top_k=7, scale=1.0)
-    assert got.expert_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6]]
-    assert got.weights.isnan().all() and got.gammas.isnan().all()
-    x = torch.tensor([[float("nan")], [1.0]])
-    got = router(x, pack_weight(weight), torch.zeros(8), top_k=3, scale=1.0)
-    assert got.expert_ids.tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert got.weights[0].isnan().all() and got.weights[1].isfinite().all()
+    for isa in each_isa:
+        _ext.set_isa(isa)
+        got = router(torch.ones(1, 1), pack_weight(weight), torch.zeros(8), top_k=3, scale=1.0)
+        assert got.expert_ids.tolist() == [[3, 4, 5]]
+        assert got.weights.isfinite().all() and got.gammas.isfinite().all()
+        got = router(torch.ones(1, 1), pack_weight(weight), torch.zeros(8), top_k=7, scale=1.0)
+        assert got.expert_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+        assert got.weights.isnan().all() and got.gammas.isnan().all()
+        x = torch.tensor([[float("nan")], [1.0]])
+        got = router(x, pack_weight(weight), torch.zeros(8), top_k=3, scale=1.0)
+        assert got.expert_ids.tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert got.weights[0].isnan().all() and got.weights[1].isfinite().all()
 
 
 def test_router_takes_extreme_logits() -> None:

@@ -3,6 +3,8 @@
 Shape suffixes: T tokens, B rows to sample, H hidden, V vocabulary (unpadded), W = ceil(V / 32).
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from tml_core.ops.linear import PackedWeight, linear
 from tml_core.ops.philox import gumbel_reference
 
 __all__ = [
+    "SampleRows",
     "lm_head_logits",
     "lm_head_logprobs",
     "lm_head_logprobs_reference",
@@ -23,6 +26,25 @@ __all__ = [
     "lm_head_sample_reference",
     "pack_allowed",
 ]
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """How each row is drawn.
+
+    ``temperature_B``: fp32, 0 for the most likely token, else at least 1e-6. ``top_k_B``: int32,
+    0 for off. ``top_p_B``: fp32 in (0, 1], 1 for off; taken after top_k, on what it kept.
+    ``seed_B``, ``position_B``: int64; the random numbers are a function of them and of the
+    vocabulary id alone. ``allowed_BW``: int32 bits of the ids that may be chosen (bit i of word w
+    is id 32 w + i), at least one in each row, or None for all.
+    """
+
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
+    seed_B: Tensor
+    position_B: Tensor
+    allowed_BW: Tensor | None = None
 
 
 def lm_head_logits(h_TH: Tensor, weight: PackedWeight, vocab_size: int) -> Tensor:
@@ -49,26 +71,13 @@ def lm_head_logprobs(
 
 
 def lm_head_sample(
-    h_BH: Tensor,
-    weight: PackedWeight,
-    vocab_size: int,
-    *,
-    temperature_B: Tensor,
-    top_k_B: Tensor,
-    top_p_B: Tensor,
-    seed_B: Tensor,
-    position_B: Tensor,
-    allowed_BW: Tensor | None = None,
+    h_BH: Tensor, weight: PackedWeight, vocab_size: int, rows: SampleRows
 ) -> tuple[Tensor, Tensor]:
     """One token per row: ids int64 [B] and their log-probabilities fp32 [B].
 
-    temperature_B: fp32, 0 for the most likely token, else at least 1e-6. top_k_B: int32, 0 for off.
-    top_p_B: fp32 in (0, 1], 1 for off; taken after top_k, on what it kept. seed_B, position_B:
-    int64; the random numbers are a function of them and of the vocabulary id (Gumbel-max with
-    Philox4x32-10), so a row draws the same token in any batch. allowed_BW: int32 bits of the ids
-    that may be chosen (``pack_allowed``), at least one in each row. Ties go to the lower id.
-    The log-probability is the model's own: temperature 1, nothing masked.
-    Raises InvalidArgument on shapes, dtypes and values out of range.
+    Gumbel-max with Philox4x32-10 keyed by (seed, position, id): a row draws the same token in any
+    batch. Ties go to the lower id. The log-probability is the model's own: temperature 1, nothing
+    masked. Raises InvalidArgument on shapes, dtypes and values out of range.
     """
     _check("lm_head_sample", h_BH, weight, vocab_size)
     tokens_B = torch.empty(h_BH.shape[0], dtype=torch.int64)
@@ -77,12 +86,12 @@ def lm_head_sample(
         h_BH,
         weight.data,
         vocab_size,
-        temperature_B,
-        top_k_B,
-        top_p_B,
-        seed_B,
-        position_B,
-        allowed_BW,
+        rows.temperature_B,
+        rows.top_k_B,
+        rows.top_p_B,
+        rows.seed_B,
+        rows.position_B,
+        rows.allowed_BW,
         tokens_B,
         logprobs_B,
         num_threads(),
@@ -91,10 +100,7 @@ def lm_head_sample(
 
 
 def pack_allowed(allowed_BV: Tensor) -> Tensor:
-    """The int32 [B, W] bits ``lm_head_sample`` takes, from bool [B, V].
-
-    Bit i of word w is id 32 w + i. Raises InvalidArgument on another shape or dtype.
-    """
+    """``SampleRows.allowed_BW`` from bool [B, V]; InvalidArgument on another shape or dtype."""
     if allowed_BV.ndim != 2 or allowed_BV.dtype != torch.bool:
         raise InvalidArgument(
             f"pack_allowed: allowed must be bool [B, V], got {allowed_BV.dtype} "
@@ -123,30 +129,23 @@ def lm_head_logprobs_reference(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return logits_TV.double().log_softmax(dim=1).gather(1, targets_T[:, None])[:, 0]
 
 
-def lm_head_sample_reference(
-    logits_BV: Tensor,
-    *,
-    temperature_B: Tensor,
-    top_k_B: Tensor,
-    top_p_B: Tensor,
-    seed_B: Tensor,
-    position_B: Tensor,
-    allowed_BV: Tensor | None = None,
-) -> Tensor:
-    """The same draw from fp32 logits in float64 numpy; ``allowed_BV`` is a bool mask. int64 [B]."""
+def lm_head_sample_reference(logits_BV: Tensor, rows: SampleRows) -> Tensor:
+    """The same draw from fp32 logits in float64 numpy: int64 [B]."""
+    vocab_size = logits_BV.shape[1]
     tokens = []
     for row in range(logits_BV.shape[0]):
         logits = logits_BV[row].double().numpy()
-        if allowed_BV is None:
-            allowed = np.arange(logits.size)
-        else:
-            allowed = np.flatnonzero(allowed_BV[row].numpy())
-        temperature = float(temperature_B[row])
+        allowed = np.arange(vocab_size)
+        if rows.allowed_BW is not None:
+            words = rows.allowed_BW[row].numpy()
+            allowed = allowed[words[allowed // 32] >> (allowed % 32) & 1 == 1]
+        temperature = float(rows.temperature_B[row])
         if temperature == 0:
             tokens.append(int(allowed[np.argmax(logits[allowed])]))
             continue
-        kept = np.sort(_kept(logits, allowed, temperature, int(top_k_B[row]), float(top_p_B[row])))
-        noise = gumbel_reference(int(seed_B[row]), int(position_B[row]), logits.size)
+        top_k, top_p = int(rows.top_k_B[row]), float(rows.top_p_B[row])
+        kept = np.sort(_kept(logits, allowed, temperature, top_k, top_p))
+        noise = gumbel_reference(int(rows.seed_B[row]), int(rows.position_B[row]), vocab_size)
         tokens.append(int(kept[np.argmax(logits[kept] / temperature + noise[kept])]))
     return torch.tensor(tokens, dtype=torch.int64)
 
