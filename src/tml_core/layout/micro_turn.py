@@ -51,8 +51,13 @@ class MicroTurnState(LayoutState):
     call_ids: tuple[int, ...] | None = None
 
     @property
+    def is_in_call(self) -> bool:
+        """Whether a tool call goes on in the next tick."""
+        return self.call_ids is not None
+
+    @property
     def num_waiting(self) -> int:
-        """Ids that still have to be put in."""
+        """Ids of text and tool results that still have to be put in."""
         return sum(len(ids) for ids in self.waiting) - self.num_used
 
 

@@ -56,6 +56,16 @@ class LayoutState:
     open_calls: tuple[tuple[str, str], ...] = ()
     dmel: DmelState | None = None
 
+    @property
+    def num_waiting(self) -> int:
+        """Ids of text and tool results that still have to be put in."""
+        return 0
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether a tool call goes on in the next tick."""
+        return False
+
     def name_of(self, call_id: str) -> str:
         """The tool that call ``call_id`` is for. Raises `InvalidArgument` for an unknown call."""
         for known, name in self.open_calls:
@@ -66,6 +76,10 @@ class LayoutState:
             f"call_id: expected the id of a tool call of this session (latest: {known_ids}), "
             f"got {call_id!r}"
         )
+
+    def knows(self, call_id: str) -> bool:
+        """Whether a result for this call can still come."""
+        return any(known == call_id for known, _ in self.open_calls)
 
     def with_call(self, name: str) -> tuple[str, Self]:
         """A new call's id, and the state that knows it."""
@@ -106,10 +120,21 @@ class EncodedInput:
 class OutputHalf(Protocol):
     """One turn's output: says what may be sampled next, and turns tokens into events."""
 
-    token_ids: list[int]
-    streams: list[Stream]
-    state: LayoutState
-    is_done: bool
+    @property
+    def token_ids(self) -> list[int]:
+        """The half so far."""
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Who is responsible for each of its tokens."""
+
+    @property
+    def state(self) -> LayoutState:
+        """The session's state after it; final once ``is_done``."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the half is closed."""
 
     def allowed(self) -> torch.Tensor:
         """Bit mask of the ids that may come next: int32 [ceil(V / 32)]."""
@@ -127,7 +152,9 @@ class OutputHalf(Protocol):
 class Layout(Protocol):
     """How chunks become segments and sampled tokens become events; one per model, stateless."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the layout is called in snapshots."""
 
     def initial_state(self) -> LayoutState:
         """The state of an empty session."""

@@ -1,0 +1,283 @@
+"""The engine: one thread that runs the turns of many sessions as one ragged step after another.
+
+All sequences belong to the engine thread. Other threads post what they want into its inbox and
+wait; between two steps it is done in order. A step takes every turn that has work: some bring the
+input half of a tick, others one token; then all rows that need a token are sampled together.
+
+A turn is a transaction. It ends by its end (input and output stand in the sequence), by a cancel
+(see `Turn.cancel`) or by an error (the sequence stands where it stood before the append).
+"""
+
+import contextlib
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from tml_core.engine.job import Job
+from tml_core.engine.runner import StepInput
+from tml_core.engine.sampler import sample_rows
+from tml_core.engine.seat import Seat
+from tml_core.errors import PoolExhausted, SessionClosed
+from tml_core.media.segments import Block, Segment
+from tml_core.ops.lm_head import SampleRows
+from tml_core.sequence.sequence import Sequence
+
+__all__ = ["EngineLoop", "StepModel"]
+
+T = TypeVar("T")
+_Inbox = queue.SimpleQueue[Callable[[], None] | None]
+
+
+class _Backbone(Protocol):
+    def sample(self, h_BD: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]: ...
+
+
+class _Runner(Protocol):
+    def run(self, inputs: SequenceOf[StepInput]) -> list[Tensor]: ...
+
+
+class StepModel(Protocol):
+    """What the engine needs of a model."""
+
+    @property
+    def backbone(self) -> _Backbone:
+        """Samples one token a row: ids int64 [B], log-probabilities fp32 [B]."""
+
+    @property
+    def runner(self) -> _Runner:
+        """Appends all inputs or none; returns the hidden states [T, D] of each."""
+
+    def prepare(self, sequence: Sequence, segments: SequenceOf[Segment | Block]) -> StepInput:
+        """Embed what a sequence is about to append."""
+
+
+class EngineLoop:
+    """The engine thread and its inbox.
+
+    ``max_sessions`` bounds the seats. With ``stops_when_empty`` the thread ends with the last one.
+    """
+
+    def __init__(
+        self, model: StepModel, max_sessions: int, *, stops_when_empty: bool = False
+    ) -> None:
+        self._model = model
+        self.max_sessions = max_sessions
+        self._stops_when_empty = stops_when_empty
+        # Its put may be called from a finalizer, whatever the thread was doing at that moment.
+        # None in it ends the thread.
+        self._inbox: _Inbox = queue.SimpleQueue()
+        self._jobs: list[Job] = []
+        self._seats: set[Seat] = set()
+        self._is_stopping = False
+        self._gate = threading.Lock()
+        self._is_shut = False
+        self._thread = threading.Thread(target=self._loop, name="tml-engine", daemon=True)
+        self._thread.start()
+        # At exit the interpreter must not pull the floor from under a running kernel.
+        weakref.finalize(self, _end_thread, self._inbox, self._thread)
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether it takes no more work."""
+        return self._is_shut
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` in the engine thread between two steps; returns or raises its outcome.
+
+        Raises SessionClosed once the engine is shut.
+        """
+        if threading.current_thread() is self._thread:
+            return function()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return future.result()
+
+    def submit(self, job: Job) -> None:
+        """Queue a turn behind those that are there."""
+
+        def add() -> None:
+            if job.seat in self._seats:
+                self._jobs.append(job)
+            else:
+                job.fail(SessionClosed("turn: the session was closed"))
+
+        self._post(add)
+
+    def wake(self) -> None:
+        """Make the engine look at its turns again."""
+        self._inbox.put(_nothing)
+
+    def add_seat(self, make: Callable[[], Seat]) -> Seat:
+        """Open a seat made by ``make`` in the engine thread; raises PoolExhausted without room."""
+
+        def add() -> Seat:
+            if self._is_stopping:
+                raise SessionClosed("engine: it is closed")
+            if len(self._seats) >= self.max_sessions:
+                raise PoolExhausted(
+                    f"engine: all {self.max_sessions} sessions are open; close one first"
+                )
+            seat = make()
+            self._seats.add(seat)
+            return seat
+
+        return self.call(add)
+
+    def close_seat(self, seat: Seat) -> None:
+        """Cancel the seat's turn and free what it holds; a second time does nothing."""
+        with contextlib.suppress(SessionClosed):
+            self.call(lambda: self._close_seat(seat))
+        if self._is_stopping:
+            self._join()
+
+    def abandon_seat(self, seat: Seat) -> None:
+        """`close_seat` for a finalizer: returns at once, from any thread, with any lock held."""
+        self._inbox.put(lambda: self._close_seat(seat))
+
+    @property
+    def num_sessions(self) -> int:
+        """Open seats."""
+        return 0 if self._is_shut else self.call(lambda: len(self._seats))
+
+    def shutdown(self, *, wait: bool = True) -> None:
+        """Close all seats and end the thread; a second time does nothing."""
+        self._inbox.put(None)
+        if wait:
+            self._join()
+
+    # In the engine thread.
+
+    def _loop(self) -> None:
+        error: BaseException = SessionClosed("engine: it is closed")
+        try:
+            while not self._is_stopping:
+                self._receive()
+                self._step()
+        except BaseException as fault:
+            error = fault
+            raise
+        finally:
+            with self._gate:
+                self._is_shut = True
+            for seat in list(self._seats):
+                self._close_seat(seat, error)
+            self._drain()
+
+    def _receive(self) -> None:
+        """Do what was posted; without work, wait for it."""
+        if all(job.is_resting for job in self._jobs):
+            self._do(self._inbox.get())
+        self._drain()
+
+    def _drain(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._do(self._inbox.get_nowait())
+
+    def _do(self, message: Callable[[], None] | None) -> None:
+        if message is None:
+            self._is_stopping = True
+        else:
+            message()
+
+    def _step(self) -> None:
+        """One ragged step of every turn that has work, and one sampling call."""
+        self._jobs = [job for job in self._jobs if not job.is_done]
+        ready = [job for job in self._jobs if not job.is_resting]
+        batch = [job for job in ready if self._guarded(job, job.begin_step)]
+        wanting = [
+            job
+            for job, h_TD in self._run(batch)
+            if self._guarded(job, lambda job=job, h_TD=h_TD: job.end_step(h_TD))  # type: ignore[misc]
+        ]
+        if wanting:
+            self._sample(wanting)
+        self._jobs = [job for job in self._jobs if not job.is_done]
+
+    def _run(self, batch: list[Job]) -> list[tuple[Job, Tensor]]:
+        """Append what the turns bring. If they cannot go together, each goes alone, so that an
+        error ends only the turn it belongs to."""
+        try:
+            inputs = [self._prepared(job) for job in batch]
+            return list(zip(batch, self._model.runner.run(inputs), strict=True)) if batch else []
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].fail(error)
+                return []
+        return [pair for job in batch for pair in self._run([job])]
+
+    def _prepared(self, job: Job) -> StepInput:
+        step_input = self._model.prepare(job.seat.sequence, job.segments)
+        changes = job.carry_changes
+        if not changes:
+            return step_input
+        return step_input._replace(carry=replace(job.seat.sequence.carry, **changes))
+
+    def _sample(self, wanting: list[Job]) -> None:
+        try:
+            rows = sample_rows([job.request for job in wanting])
+            h_BD = torch.stack([job.hidden for job in wanting])
+            tokens, logprobs = self._model.backbone.sample(h_BD, rows)
+        except Exception as error:
+            for job in wanting:
+                job.fail(error)
+            return
+        for job, token_id, logprob in zip(wanting, tokens.tolist(), logprobs.tolist(), strict=True):
+            self._guarded(job, lambda job=job, t=token_id, p=logprob: job.accept(t, p))  # type: ignore[misc]
+
+    def _guarded(self, job: Job, act: Callable[[], bool | None]) -> bool:
+        """Run one turn's own part; its error ends that turn alone."""
+        try:
+            return bool(act())
+        except Exception as error:
+            job.fail(error)
+            return False
+
+    def _close_seat(self, seat: Seat, error: BaseException | None = None) -> None:
+        if seat not in self._seats:
+            return
+        self._seats.remove(seat)
+        seat.is_closed = True
+        for job in self._jobs:
+            if job.seat is seat:
+                job.fail(error or SessionClosed("turn: the session was closed"))
+        seat.sequence.close()
+        if self._stops_when_empty and not self._seats:
+            self._is_stopping = True
+
+    # From any thread.
+
+    def _post(self, message: Callable[[], None]) -> None:
+        with self._gate:
+            if self._is_shut:
+                raise SessionClosed("engine: it is closed")
+            self._inbox.put(message)
+
+    def _join(self) -> None:
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+
+def _nothing() -> None:
+    """A message that only wakes."""
+
+
+def _end_thread(inbox: _Inbox, thread: threading.Thread) -> None:
+    inbox.put(None)
+    if threading.current_thread() is not thread:
+        thread.join()

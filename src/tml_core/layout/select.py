@@ -1,0 +1,19 @@
+"""Which layout a checkpoint speaks."""
+
+from tokenizers import Tokenizer
+
+from tml_core.layout.chat_template import ChatLayout
+from tml_core.layout.micro_turn import MicroTurnLayout
+from tml_core.model.config import ModelConfig
+
+__all__ = ["layout_for"]
+
+
+def layout_for(config: ModelConfig, tokenizer: Tokenizer | None) -> MicroTurnLayout | ChatLayout:
+    """Micro-turn layout v1 for a checkpoint with an ``interaction`` block, else the chat template.
+
+    Raises `CheckpointError` without a byte-level tokenizer that has the special tokens.
+    """
+    if config.interaction is None:
+        return ChatLayout(config, tokenizer)
+    return MicroTurnLayout(config, tokenizer)

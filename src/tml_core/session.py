@@ -1,0 +1,496 @@
+"""Sessions and the engine they run in: what users import.
+
+A `Session` is one live conversation on one persistent sequence. `Session.append` takes 200 ms of
+input and returns a `Turn` at once; the turn's events come as the model writes them. An `Engine`
+runs many sessions of one model in common steps; a session opened without one shares a private
+engine with the other sessions of its model.
+"""
+
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tml_core.engine.host import (
+    Host,
+    SessionOptions,
+    Tool,
+    engine_seat,
+    loaded_model,
+    new_loop,
+    new_seat,
+    require_seed,
+)
+from tml_core.engine.job import Job
+from tml_core.engine.model import Model
+from tml_core.engine.sampler import SamplingParams
+from tml_core.engine.seat import Seat, TickRecord
+from tml_core.engine.session_file import read_session, write_session
+from tml_core.engine.turn import Turn
+from tml_core.errors import InvalidArgument, InvalidType, SessionClosed, Unsupported
+from tml_core.layout.chat_template import ChatLayout
+from tml_core.layout.chunk import Chunk, ToolResult, as_chunk
+from tml_core.layout.select import layout_for
+from tml_core.layout.state import EncodedInput, LayoutState, OutputHalf
+from tml_core.media.micro_turns import TICK_MS, MicroTurn
+from tml_core.media.segments import Tokens
+from tml_core.sequence.sequence import Mark
+from tml_core.sequence.values import Evicted, Retention
+
+__all__ = ["Engine", "Session", "SessionInfo", "SessionMark"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SessionMark:
+    """A point of a session to come back to; taken by `Session.mark`.
+
+    It keeps some memory (the sliding layers' window of its time) as long as it lives.
+    """
+
+    position: int
+    tick: int
+    _mark: Mark
+    _state: LayoutState
+    _items: tuple[ToolResult, ...]
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """Where a session stands.
+
+    ``position``: positions in the sequence, those still unsent included. ``tick``: the one that
+    comes next. ``media_ms``: media time appended. ``num_waiting``: ids of text and tool results
+    that wait for their budget. ``num_pages``, ``kv_bytes``: memory held, what forks share included.
+    ``evicted``: positions dropped by retention. ``state_hash``: of all that was run through the
+    model; equal for equal prefixes.
+    """
+
+    layout: str
+    position: int
+    tick: int
+    media_ms: int
+    epoch: int
+    is_busy: bool
+    num_waiting: int
+    is_in_call: bool
+    open_calls: tuple[tuple[str, str], ...]
+    num_pages: int
+    kv_bytes: int
+    evicted: Evicted | None
+    state_hash: str
+
+
+class Engine:
+    """Runs many sessions of one model: one thread, one ragged step for all that have work.
+
+    ``max_sessions``: how many may be open at once, forks included; at most what the model was
+    loaded for. While it is open the model's sequences belong to it: use the model through sessions.
+    Raises InvalidArgument for a bad count or a model that another engine runs.
+    """
+
+    def __init__(self, model: Model, *, max_sessions: int | None = None) -> None:
+        if not isinstance(model, Model):
+            raise InvalidType(f"model: expected Model, got {type(model).__name__}")
+        num_slots = model.store.kv.num_slots
+        wanted = num_slots if max_sessions is None else max_sessions
+        if isinstance(wanted, bool) or not isinstance(wanted, int):
+            raise InvalidType(f"max_sessions: expected an int, got {type(wanted).__name__}")
+        if not 1 <= wanted <= num_slots:
+            raise InvalidArgument(
+                f"max_sessions: expected 1 to {num_slots} (load_model(max_sequences=...)), "
+                f"got {wanted}"
+            )
+        layout = layout_for(model.config, model.tokenizer)
+        loop = new_loop(model, wanted)
+        self._host: Final = Host(loop, model, layout)
+        self._finalizer = weakref.finalize(self, loop.shutdown, wait=False)
+
+    @property
+    def model(self) -> Model:
+        """The model it runs."""
+        return self._host.model
+
+    def open(
+        self,
+        *,
+        system: str | None = None,
+        tools: SequenceOf[Tool] = (),
+        seed: int = 0,
+        sampling: SamplingParams | None = None,
+        retention: Retention | None = None,
+        effort: float | str | None = None,
+    ) -> "Session":
+        """A new session in this engine; arguments as for `Session`.
+
+        Raises PoolExhausted when all are in use, SessionClosed after `close`.
+        """
+        options = SessionOptions.checked(
+            self._host.layout, system, tools, seed, sampling, retention, effort
+        )
+        seat = self._host.loop.add_seat(lambda: new_seat(self._host, options))
+        session = Session._over(self._host, seat, self)
+        session._put_prefix(options.prefix)
+        return session
+
+    def restore(self, path: str | Path) -> "Session":
+        """The session that `Session.snapshot` wrote, in this engine; see `Session.restore`."""
+        seat = self._host.loop.add_seat(lambda: read_session(self._host, Path(path)))
+        return Session._over(self._host, seat, self)
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that are open."""
+        return self._host.loop.num_sessions
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more work."""
+        return self._host.loop.is_shut
+
+    def close(self) -> None:
+        """Close all sessions and wait for the thread to end; a second time does nothing."""
+        self._finalizer.detach()
+        self._host.loop.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Session:
+    """One live conversation on one persistent sequence.
+
+    ``model``: "nano" (bundled, untrained), a checkpoint directory, or a loaded `Model`.
+    ``tools``: functions or declarations the model is told about. The session does not run them: a
+    `ToolCall` event carries the call, `add_tool_result` or ``Chunk(items=...)`` the answer.
+    ``system``: instructions before the first turn. ``seed``: of everything sampled, unsigned 64
+    bits. ``retention``: bounds an endless session; instructions and tools always stay.
+    ``effort``: thinking effort of a plain chat checkpoint, 0 to 0.99 or "none" to "max".
+
+    Any thread may call any method. Those that look at or move the sequence wait for the model step
+    that is running; in asyncio code call them with ``asyncio.to_thread`` where that matters.
+    A session is a context manager that closes. One that is collected is closed too.
+    """
+
+    _host: Host
+    _seat: Seat
+
+    def __init__(
+        self,
+        model: str | Path | Model = "nano",
+        *,
+        system: str | None = None,
+        tools: SequenceOf[Tool] = (),
+        seed: int = 0,
+        sampling: SamplingParams | None = None,
+        retention: Retention | None = None,
+        effort: float | str | None = None,
+    ) -> None:
+        loaded = loaded_model(model)
+        layout = layout_for(loaded.config, loaded.tokenizer)
+        options = SessionOptions.checked(layout, system, tools, seed, sampling, retention, effort)
+        host, seat = engine_seat(loaded, layout, lambda host: new_seat(host, options))
+        self._attach(host, seat, None)
+        self._put_prefix(options.prefix)
+
+    @classmethod
+    def restore(cls, path: str | Path, model: str | Path | Model = "nano") -> "Session":
+        """Go on with the session that `snapshot` wrote, bit for bit.
+
+        Raises SnapshotError naming what differs if the file is damaged or belongs to another
+        model, dtype or contract.
+        """
+        loaded = loaded_model(model)
+        layout = layout_for(loaded.config, loaded.tokenizer)
+        host, seat = engine_seat(loaded, layout, lambda host: read_session(host, Path(path)))
+        return cls._over(host, seat, None)
+
+    # Turns.
+
+    def append(self, chunk: Chunk | MicroTurn) -> Turn:
+        """Put in 200 ms of input; returns at once, the turn runs in the engine.
+
+        A model that knows ticks answers every one; a plain chat checkpoint takes the input in and
+        answers on `commit`. Raises, with nothing changed, SessionBusy while a turn is open,
+        SessionClosed, and InvalidArgument, InvalidType or Unsupported for a chunk it cannot take.
+        What goes wrong later (PoolExhausted, for one) is raised where the turn is read, and the
+        session then stands where it stood before the append.
+        """
+        taken = as_chunk(chunk)
+        seat, layout = self._seat, self._host.layout
+        with seat.lock:
+            seat.require_idle("append")
+            items = tuple(one for one in seat.waiting_items if seat.state.knows(one.call_id))
+            if items:
+                taken = replace(taken, items=(*items, *taken.items), is_idle=False)
+            encoded = layout.encode_input(taken, seat.state)
+            turn = self._new_turn()
+            job = Job(
+                seat,
+                turn,
+                encoded,
+                layout.begin_output,
+                chunk=taken,
+                items=seat.waiting_items,
+                num_dropped_items=len(seat.waiting_items) - len(items),
+                clock_ms=(seat.state.tick + 1) * TICK_MS,
+            )
+            self._host.loop.submit(job)
+            seat.turn, seat.waiting_items = turn, ()
+        return turn
+
+    def commit(self, *, max_tokens: int = 512) -> Turn:
+        """Ask a plain chat checkpoint to answer what has been put in; at most ``max_tokens``.
+
+        Raises Unsupported for a model that knows ticks, InvalidArgument if nothing came in since
+        the last answer, and as `append`.
+        """
+        seat, layout = self._seat, self._host.layout
+        if not isinstance(layout, ChatLayout):
+            raise Unsupported("commit: this model answers every tick; it has nothing to commit")
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InvalidArgument(f"max_tokens: expected an int of at least 1, got {max_tokens!r}")
+        with seat.lock:
+            seat.require_idle("commit")
+            encoded = layout.encode_commit(seat.state)
+            turn = self._new_turn()
+
+            def begin(state: LayoutState, epoch: int) -> OutputHalf | None:
+                return layout.begin_output(state, epoch, max_tokens)
+
+            self._host.loop.submit(Job(seat, turn, encoded, begin))
+            seat.turn = turn
+        return turn
+
+    def add_tool_result(self, call_id: str, content: Any, *, is_error: bool = False) -> None:
+        """Answer a tool call; it goes in with the next append. May be called during a turn.
+
+        ``content``: text or a JSON value. Raises InvalidArgument for a call that is not known.
+        """
+        item = ToolResult(call_id, content, is_error)
+        seat = self._seat
+        with seat.lock:
+            if seat.is_closed:
+                raise SessionClosed("add_tool_result: the session is closed")
+            # A call of the turn under way is known to its output half only.
+            state = seat.state if seat.output is None else seat.output.state
+            state.name_of(call_id)
+            seat.waiting_items = (*seat.waiting_items, item)
+
+    # Moving.
+
+    def mark(self) -> SessionMark:
+        """Remember this point; costs the same however long the session is."""
+        seat = self._seat
+        with self._idle("mark"):
+            mark = self._host.loop.call(seat.sequence.mark)
+            return SessionMark(
+                position=mark.tip + len(seat.state.unsent),
+                tick=seat.state.tick,
+                _mark=mark,
+                _state=seat.state,
+                _items=seat.waiting_items,
+            )
+
+    def rewind(self, mark: SessionMark) -> None:
+        """Go back to a mark, which stays usable; everything since is as if it had not been.
+
+        Raises InvalidArgument for a mark of another session, one left behind by an earlier rewind,
+        or one whose positions retention has dropped since.
+        """
+        _require_mark("mark", mark)
+        seat = self._seat
+        with self._idle("rewind"):
+            self._host.loop.call(lambda: seat.sequence.rewind(mark._mark))
+            seat.state, seat.waiting_items = mark._state, mark._items
+            seat.epoch += 1
+            while seat.transcript and seat.transcript[-1].tick >= mark.tick:
+                seat.transcript.pop()
+
+    def fork(self, at: SessionMark | None = None, *, seed: int | None = None) -> "Session":
+        """A session that goes on from here, or from a mark, on its own; memory is shared.
+
+        With the same ``seed`` (the default) equal input gives equal output. Raises PoolExhausted
+        without room, and as `rewind` for the mark.
+        """
+        if at is not None:
+            _require_mark("at", at)
+        require_seed(seed)
+        parent = self._seat
+        with self._idle("fork"):
+
+            def make() -> Seat:
+                mark = None if at is None else at._mark
+                sequence = parent.sequence.fork(mark, seed=seed)
+                seat = Seat(sequence, parent.layout, parent.sampling)
+                seat.state = parent.state if at is None else at._state
+                seat.waiting_items = parent.waiting_items if at is None else at._items
+                seat.epoch = parent.epoch
+                tick = seat.state.tick
+                seat.transcript.extend(one for one in parent.transcript if one.tick < tick)
+                return seat
+
+            seat = self._host.loop.add_seat(make)
+        return Session._over(self._host, seat, self._engine)
+
+    def snapshot(self, path: str | Path) -> None:
+        """Write the whole session to one file; an existing file is replaced once it is complete.
+
+        The file is a zip archive: the layout's state as JSON, the sequence as safetensors.
+        """
+        target = Path(path)
+        with self._idle("snapshot"), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            write_session(self._host, self._seat, target, Path(folder))
+
+    # Looking.
+
+    def info(self) -> SessionInfo:
+        """Where the session stands. During a turn the counts are those of its last step."""
+        seat, model = self._seat, self._host.model
+
+        def look() -> SessionInfo:
+            sequence, state = seat.sequence, seat.state
+            return SessionInfo(
+                layout=seat.layout.name,
+                position=sequence.tip + len(state.unsent),
+                tick=state.tick,
+                media_ms=sequence.carry.clock_ms,
+                epoch=seat.epoch,
+                is_busy=seat.turn is not None,
+                num_waiting=state.num_waiting,
+                is_in_call=state.is_in_call,
+                open_calls=state.open_calls,
+                num_pages=sequence.num_pages,
+                kv_bytes=model.store.kv.sizes.sequence_bytes(sequence.tip),
+                evicted=sequence.evicted,
+                state_hash=sequence.state_hash,
+            )
+
+        return self._look("info", look)
+
+    def token_ids(self) -> NDArray[np.int64]:
+        """The whole sequence as ids, those still unsent included: -1 for sound, -2 for pictures."""
+        seat = self._seat
+
+        def look() -> NDArray[np.int64]:
+            unsent = np.array(seat.state.unsent, np.int64)
+            return np.concatenate((seat.sequence.token_ids(), unsent))
+
+        with self._idle("token_ids"):
+            return self._host.loop.call(look)
+
+    def transcript(self) -> tuple[TickRecord, ...]:
+        """The last hour of ticks in words, oldest first."""
+        with self._seat.lock:
+            return tuple(self._seat.transcript)
+
+    @property
+    def model(self) -> Model:
+        """The model it runs on."""
+        return self._host.model
+
+    @property
+    def epoch(self) -> int:
+        """Raised by every cancel and rewind; events of a lower epoch were undone."""
+        return self._seat.epoch
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a turn is open."""
+        return self._seat.turn is not None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed."""
+        return self._seat.is_closed
+
+    def close(self) -> None:
+        """Cancel an open turn and free what the session holds; a second time does nothing."""
+        self._finalizer.detach()
+        self._host.loop.close_seat(self._seat)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else f"tick {self._seat.state.tick}"
+        return f"Session({self._seat.layout.name}, {state})"
+
+    @classmethod
+    def _over(cls, host: Host, seat: Seat, engine: Engine | None) -> "Session":
+        session = cls.__new__(cls)
+        session._attach(host, seat, engine)
+        return session
+
+    def _attach(self, host: Host, seat: Seat, engine: Engine | None) -> None:
+        self._host = host
+        self._seat = seat
+        # An engine that nobody else holds must not end before its sessions.
+        self._engine = engine
+        self._finalizer = weakref.finalize(self, host.loop.abandon_seat, seat)
+
+    def _put_prefix(self, ids: tuple[int, ...]) -> None:
+        """Run instructions and tools through the model, so that the first tick is not late."""
+        if not ids:
+            return
+        seat = self._seat
+        turn = self._new_turn()
+        encoded = EncodedInput((Tokens(ids),), seat.state, len(ids))
+        try:
+            with seat.lock:
+                self._host.loop.submit(Job(seat, turn, encoded, _no_output))
+                seat.turn = turn
+            turn.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def _new_turn(self) -> Turn:
+        turn = Turn(self._host.loop.wake, self._seat.raise_epoch)
+        turn.owner = self
+        return turn
+
+    @contextmanager
+    def _idle(self, what: str) -> Iterator[None]:
+        with self._seat.lock:
+            self._seat.require_idle(what)
+            yield
+
+    def _look(self, what: str, look: Callable[[], T]) -> T:
+        if self._seat.is_closed:
+            raise SessionClosed(f"{what}: the session is closed")
+        return self._host.loop.call(look)
+
+
+def _no_output(_state: LayoutState, _epoch: int) -> OutputHalf | None:
+    return None
+
+
+def _require_mark(name: str, mark: object) -> None:
+    if not isinstance(mark, SessionMark):
+        raise InvalidType(f"{name}: expected SessionMark, got {type(mark).__name__}")
