@@ -47,7 +47,7 @@ def _panel_order(width: int) -> Tensor:
 
 
 def pack_experts(gate_up_EJH: Tensor, down_EHI: Tensor, num_shared: int = 0) -> PackedExperts:
-    """Pack [E + S, 2I, H] gate-then-up and [E + S, H, I] down weights (fp32 or bf16), shared last."""
+    """Pack [E + S, 2I, H] gate-then-up and [E + S, H, I] down weights, shared experts last."""
     refuse_grad("pack_experts", gate_up=gate_up_EJH, down=down_EHI)
     if gate_up_EJH.ndim != 3 or gate_up_EJH.shape[1] % 2:
         raise InvalidArgument(
@@ -118,7 +118,7 @@ def moe_reference(
     width = down_EHI.shape[2]
     y_TH = torch.zeros(x_TH.shape)
     for t in range(x_TH.shape[0]):
-        chosen = [(int(e), float(w), 1.0) for e, w in zip(expert_ids_Tk[t], weights_Tk[t])]
+        chosen = [(int(e), float(w), 1.0) for e, w in zip(expert_ids_Tk[t], weights_Tk[t], strict=True)]
         shared = [(num_experts + s, 1.0, float(g)) for s, g in enumerate(gammas_TS[t])]
         for expert, weight, gamma in chosen + shared:
             gate_up = gate_up_EJH[expert].float() @ x_TH[t].float()
