@@ -266,6 +266,8 @@ def test_sample_survives_nan_and_infinite_logits(each_isa: list[str]) -> None:
             mixed = column([nan, -torch.inf, nan, 2.0] + [nan] * 200)
             tokens, logprobs = lm_head_sample(ones, mixed, 204, rows)
             assert tokens.tolist() == [3] * 4 and logprobs.isnan().all()
+            tokens, _ = lm_head_sample(ones, column([5.0, torch.inf, 1.0, torch.inf]), 4, rows)
+            assert tokens.tolist() == [1] * 4
             masked = replace(rows, allowed_BW=pack_allowed(mask))
             for filler in (nan, -torch.inf):
                 tokens, _ = lm_head_sample(ones, column([filler] * 200), 200, masked)
