@@ -332,8 +332,9 @@ TML_INLINE float exp1(float x) {
   return out[0];
 }
 
-// ln x within 2 ulp for positive normal x.
+// ln x within 2 ulp for positive normal x; NaN stays NaN.
 TML_INLINE float log1(float x) {
+  if (x != x) return x;
   const std::uint32_t bits = bits_of(x);
   int exponent = static_cast<int>(bits >> 23) - 126;
   float m = float_of((bits & 0x007fffffu) | 0x3f000000u);  // [0.5, 1)
