@@ -111,6 +111,8 @@ class Job:
         """The step is done; ``h_TD`` [T, D] are its hidden states. True if a token is wanted."""
         if self._phase == _Phase.QUEUED:
             self._end_input()
+        if self.turn.cancelled is not None:
+            self._end_cancelled()
         if self._output is None or self._phase == _Phase.DONE:
             return False
         self._h_D = h_TD[-1]
