@@ -41,6 +41,7 @@ NB_MODULE(_ext, m) {
   m.attr("VOCAB_BLOCK") = tml::contract::kVocabBlock;
   m.attr("PANEL") = tml::contract::kPanel;
   m.attr("LANES") = tml::contract::kLanes;
+  m.attr("GRAD_BLOCK") = tml::contract::kGradBlock;
 #ifdef TML_WITH_CUDA
   m.attr("WITH_CUDA") = true;
 #else

@@ -21,6 +21,8 @@ PANEL: int = 32
 
 LANES: int = 16
 
+GRAD_BLOCK: int = 512
+
 WITH_CUDA: bool = False
 
 def isa() -> str:
@@ -42,8 +44,45 @@ def num_scratch_growths() -> int:
     Times kernel scratch grew since the process started; a steady state adds none.
     """
 
+class DecoderStep:
+    """Every layer of the decoder over one ragged step, in one call."""
+
+    def __init__(self, hidden: int, window: int, d_rel: int, eps: float, mup: float, log_floor: float, log_alpha: float, final_norm: object) -> None: ...
+
+    def add_layer(self, *, is_sliding: bool, num_heads: int, num_kv_heads: int, head_dim: int, rel_len: int, num_experts: int, num_shared: int, top_k: int, width: int, scale: float, weights: dict) -> None: ...
+
+    def run(self, x: object, out: object, cu_tokens: object, slots: object, start_pos: object, visible_end: object, global_pages: object, sliding_pages: object, global_table: object, sliding_table: object, conv_rows: object, num_threads: int) -> None: ...
+
 def pack_weight(w: object, packed: object, num_threads: int) -> None: ...
 
 def linear(x: object, weight: object, out: object, num_threads: int) -> None: ...
 
+def lm_head_logprobs(h: object, weight: object, vocab_size: int, targets: object, out: object, num_threads: int) -> None: ...
+
+def lm_head_sample(h: object, weight: object, vocab_size: int, temperature: object, top_k: object, top_p: object, seed: object, position: object, allowed: object | None, tokens: object, logprobs: object, num_threads: int) -> None: ...
+
+def router(x: object, weight: object, bias: object, expert_ids: object, weights: object, gammas: object, logits: object | None, scale: float, num_threads: int) -> None: ...
+
+def read_bytes(data: object, num_threads: int) -> int:
+    """
+    Read uint8 [n] once (n a multiple of 8) and return the sum of its 64-bit words mod 2^64.
+    """
+
+def dot_peak(num_steps: int, bf16: bool, num_threads: int) -> float:
+    """
+    Run the kernels' inner step on registers; returns the floating-point operations done.
+    """
+
 def moe(x: object, expert_ids: object, weights: object, gammas: object, w13: object, w2: object, width: int, out: object, num_threads: int) -> None: ...
+
+def session_attn(q: object, r: object, rel_bank: object, pages: object, layer: int, table: object, cu_tokens: object, slots: object, start_pos: object | None, visible_end: object | None, window: int, scale: float, rel_len: int, out: object, lse: object | None, num_threads: int) -> None: ...
+
+def attn_prologue(qkvr: object, k_conv: object, v_conv: object, q_norm: object, k_norm: object, eps: float, log_floor: float, log_alpha: float, pages: object, layer: int, table: object, conv_rows: object, conv_layer: int, k_channel: int, v_channel: int, cu_tokens: object, slots: object, start_pos: object | None, q_out: object, r_out: object, num_threads: int) -> None: ...
+
+def embed(ids: object, table: object, weight: object, eps: float, out: object, num_threads: int) -> None: ...
+
+def dmel_embed(bins: object, table: object, num_levels: int, weight: object, eps: float, out: object, num_threads: int) -> None: ...
+
+def rms_norm(x: object, weight: object, eps: float, divisor: float, use_gelu: bool, out: object, num_threads: int) -> None: ...
+
+def sconv_norm(x: object, residual: object, conv_weight: object, norm_weight: object | None, eps: float, conv_rows: object, conv_layer: int, channel: int, cu_tokens: object, slots: object, out: object | None, num_threads: int) -> None: ...

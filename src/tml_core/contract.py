@@ -5,6 +5,7 @@ from typing import Final
 __all__ = [
     "CONTRACT_VERSION",
     "CONV_TAPS",
+    "GRAD_BLOCK",
     "LANES",
     "PAGE_LEN",
     "PANEL",
@@ -19,3 +20,4 @@ CONV_TAPS: Final = 4
 VOCAB_BLOCK: Final = 128
 PANEL: Final = 32
 LANES: Final = 16
+GRAD_BLOCK: Final = 512
