@@ -79,6 +79,16 @@ def test_restored_sequence_goes_on(tmp_path: Path, tip: int) -> None:
     other.store.audit()
 
 
+def test_empty_audio_rest_survives(tmp_path: Path) -> None:
+    rig = Rig()
+    sequence, _ = rig.open()
+    empty = np.zeros(900, np.float32)[900:].copy()
+    sequence.carry = Carry(audio=DmelState(np.zeros(800, np.float32), empty))
+    sequence.snapshot(tmp_path / "a.tml")
+    audio = Sequence.restore(rig.store, tmp_path / "a.tml").carry.audio
+    assert audio is not None and (len(audio.context), len(audio.pending)) == (800, 0)
+
+
 @pytest.mark.parametrize(("window", "prefix"), [(300, 0), (150, 130), (5000, 600)])
 def test_retention_survives(tmp_path: Path, window: int, prefix: int) -> None:
     rig = Rig()

@@ -311,6 +311,8 @@ def _array_entry(name: str, array: Tensor) -> _Entry:
 
 
 def _raw(array: Tensor) -> NDArray[np.uint8]:
+    if not array.numel():
+        return np.empty(0, np.uint8)  # torch cannot view an empty tensor of any stride
     flat: NDArray[np.uint8] = array.contiguous().reshape(-1).view(torch.uint8).numpy()
     return flat
 
