@@ -1,0 +1,89 @@
+"""The command line: ``tml-core run`` and ``tml-core info``.
+
+What goes wrong on purpose is one line on stderr and exit code 2, never a traceback.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tml_core.errors import TmlError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="An open runtime for interaction models: 200 ms micro-turns on one persistent sequence.",
+)
+
+_Model = Annotated[str, typer.Option(help="nano (bundled, untrained) or a checkpoint directory.")]
+_Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+
+
+@app.command()
+def run(
+    audio: Annotated[Path | None, typer.Option(help="Sound: any audio file.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Pictures: any video file.")] = None,
+    model: _Model = "nano",
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="Feed 200 ms every 200 ms, as a microphone would.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of everything that is sampled.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Only the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the most likely up to p; 1: all.")] = 1.0,
+    max_ticks: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many micro-turns.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="Instructions before the first tick.")] = None,
+    dtype: _Dtype = "bfloat16",
+    transcript: Annotated[
+        Path | None, typer.Option(help="Write what happened to this file, as JSON lines.")
+    ] = None,
+) -> None:
+    """Run a live session on a recording and show it tick by tick.
+
+    Without --audio and --video the bundled 16 s clip is fed.
+    """
+    # Imported here: --help needs no kernels.
+    from tml_core.cli.live import RunOptions, run_live
+    from tml_core.engine.sampler import SamplingParams
+
+    run_live(
+        RunOptions(
+            model=model,
+            audio=audio,
+            video=video,
+            is_realtime=realtime,
+            seed=seed,
+            sampling=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p),
+            max_ticks=max_ticks,
+            dtype=dtype,
+            system=system,
+            transcript=transcript,
+        ),
+        Console(),
+    )
+
+
+@app.command()
+def info(model: _Model = "nano", dtype: _Dtype = "bfloat16") -> None:
+    """Show this build, the machine, a model's sizes and the memory a session takes."""
+    from tml_core.cli.about import about
+
+    Console(highlight=False).print(about(model, dtype))
+
+
+def main() -> None:
+    """The ``tml-core`` command."""
+    try:
+        app()
+    except (TmlError, OSError) as error:
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"tml-core: error: {line}\n")
+        sys.exit(2)

@@ -1,0 +1,223 @@
+"""``tml-core run``: feed a recording to a session, tick by tick, and show what happens."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import av
+import soundfile
+from rich.console import Console
+from rich.live import Live
+
+from tml_core import _ext
+from tml_core.cli.timeline import TickView, Totals, footer, header, plain_line, row
+from tml_core.engine.model import Model, load_model
+from tml_core.engine.sampler import SamplingParams
+from tml_core.errors import InvalidArgument
+from tml_core.layout.chunk import as_chunk
+from tml_core.layout.events import Notice, Silence, TextToken, ToolCall
+from tml_core.media.clips import clips
+from tml_core.media.micro_turns import TICK_MS, MicroTurn, micro_turns
+from tml_core.ops._common import num_threads
+from tml_core.session import Session
+
+__all__ = ["RunOptions", "run_live"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to feed to which model, and how. Without sound and video the bundled clip is fed."""
+
+    model: str = "nano"
+    audio: Path | None = None
+    video: Path | None = None
+    is_realtime: bool = False
+    seed: int = 0
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_ticks: int | None = None
+    dtype: str = "bfloat16"
+    system: str | None = None
+    transcript: Path | None = None
+
+
+def run_live(options: RunOptions, console: Console) -> Totals:
+    """Run the feed to its end, or to a Ctrl-C, which is passed on after the totals are shown."""
+    feed = _open_feed(options)
+    with ExitStack() as stack:
+        log = None
+        if options.transcript is not None:
+            log = stack.enter_context(_opened(options.transcript))
+        model = load_model(options.model, dtype=options.dtype, max_sequences=1)
+        session = stack.enter_context(
+            Session(model, seed=options.seed, sampling=options.sampling, system=options.system)
+        )
+        view = _View(console, feed.media_ms, log)
+        view.open(options, model, feed.words)
+        try:
+            _run(session, feed.ticks, options.is_realtime, view)
+        finally:
+            view.close()
+        return view.totals
+
+
+@dataclass(frozen=True)
+class _Feed:
+    ticks: Iterator[MicroTurn]
+    media_ms: int | None
+    words: str
+
+
+def _open_feed(options: RunOptions) -> _Feed:
+    audio, video = options.audio, options.video
+    if audio is None and video is None:
+        audio, video = clips()
+    duration_s = None if options.max_ticks is None else options.max_ticks * TICK_MS / 1000
+    ticks = micro_turns(audio, video, duration_s=duration_s)
+    lengths_ms = [_audio_ms(audio)] if audio is not None else []
+    lengths_ms += [_video_ms(video)] if video is not None else []
+    known_ms = [one for one in lengths_ms if one is not None]
+    media_ms = -(-max(known_ms) // TICK_MS) * TICK_MS if known_ms else None
+    if options.max_ticks is not None:
+        media_ms = min(media_ms or options.max_ticks * TICK_MS, options.max_ticks * TICK_MS)
+    names = [one.name for one in (audio, video) if one is not None]
+    pace = "at the pace of the recording" if options.is_realtime else "as fast as it goes"
+    return _Feed(ticks, media_ms, f"{' and '.join(names)}, {pace}")
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InvalidArgument(f"transcript: cannot write {path}: {error.strerror}") from error
+
+
+def _audio_ms(path: Path) -> int | None:
+    try:
+        duration_s: float = soundfile.info(str(path)).duration
+        return round(1000 * duration_s)
+    except soundfile.LibsndfileError:
+        return _video_ms(path)
+
+
+def _video_ms(path: Path) -> int | None:
+    with av.open(str(path)) as container:
+        duration_us: int | None = container.duration
+        return None if duration_us is None else duration_us // 1000
+
+
+def _run(session: Session, ticks: Iterator[MicroTurn], is_realtime: bool, view: "_View") -> None:
+    start_s = time.perf_counter()
+    is_ticking = session.model.config.interaction is not None
+    for index, micro_turn in enumerate(ticks):
+        if is_realtime:
+            # 200 ms of sound are there when they have passed.
+            due_s = start_s + (index + 1) * TICK_MS / 1000
+            time.sleep(max(0.0, due_s - time.perf_counter()))
+        chunk = as_chunk(micro_turn)
+        result = session.append(chunk).result()
+        view.show(TickView(index, chunk, result), session, time.perf_counter() - start_s)
+    if not is_ticking:
+        view.answer(session)
+
+
+class _View:
+    """Rows above a footer that stays, or plain lines; and the transcript file."""
+
+    def __init__(self, console: Console, media_ms: int | None, log: TextIO | None) -> None:
+        self.totals = Totals(media_ms)
+        self._console = console
+        self._log = log
+        self._live: Live | None = None
+
+    def open(self, options: RunOptions, model: Model, feed: str) -> None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        machine = f"{dtype} on the CPU ({_ext.isa()}, {num_threads()} threads), seed {options.seed}"
+        self._write(
+            type="session",
+            model=options.model,
+            is_trained=model.is_trained,
+            fingerprint=model.fingerprint,
+            dtype=dtype,
+            seed=options.seed,
+            sampling=asdict(options.sampling),
+        )
+        if not self._console.is_terminal:
+            note = "" if model.is_trained else " (untrained: what it writes is noise)"
+            self._console.print(f"model {options.model}{note}, {machine}; {feed}", soft_wrap=True)
+            return
+        self._console.print(header(options.model, model.is_trained, machine, feed))
+        self._live = Live(footer(self.totals), console=self._console, auto_refresh=False)
+        self._live.start()
+
+    def show(self, tick: TickView, session: Session, wall_s: float) -> None:
+        info = session.info()
+        self.totals.add(tick, info.position, info.kv_bytes, wall_s)
+        self._write(type="tick", **_tick_record(tick))
+        if self._live is None:
+            self._console.print(plain_line(tick), markup=False, highlight=False, soft_wrap=True)
+            return
+        self._live.console.print(row(tick))
+        self._live.update(footer(self.totals), refresh=True)
+
+    def answer(self, session: Session) -> None:
+        """A plain chat checkpoint has taken everything in; now it answers."""
+        result = session.commit().result()
+        self.totals.num_tokens += result.stats.num_output_tokens
+        self._write(type="answer", text=result.text, ms=result.stats.total_ms)
+        self._console.print(f"answer: {result.text}", markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._write(type="summary", **self.totals.to_dict())
+        if self._live is not None:
+            self._live.stop()
+            return
+        totals = self.totals
+        self._console.print(
+            f"{len(totals.tick_ms)} ticks in {totals.wall_s:.1f} s, median "
+            f"{totals.percentile_ms(50):.1f} ms, slowest {totals.percentile_ms(100):.1f} of "
+            f"{TICK_MS}, {totals.num_late} late, {totals.num_tokens} tokens, "
+            f"{totals.position} positions, {totals.kv_bytes / 2**20:.1f} MiB",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _write(self, **record: Any) -> None:
+        if self._log is not None:
+            self._log.write(json.dumps(record) + "\n")
+
+
+def _tick_record(tick: TickView) -> dict[str, Any]:
+    stats, chunk, events = tick.result.stats, tick.chunk, tick.result.events
+    times = ("queued_ms", "prefill_ms", "decode_ms", "first_token_ms", "total_ms", "slack_ms")
+    return {
+        "tick": tick.index,
+        "t_ms": tick.index * TICK_MS,
+        "in": {
+            "num_samples": 0 if chunk.audio is None else len(chunk.audio),
+            "num_frames": len(chunk.frames),
+            "text": chunk.text,
+        },
+        "out": {
+            "text": tick.result.text,
+            "token_ids": list(tick.result.done.token_ids),
+            "logprobs": [one.logprob for one in events if isinstance(one, TextToken | Silence)],
+            "calls": [
+                {"name": one.name, "args": one.args, "call_id": one.call_id, "error": one.error}
+                for one in events
+                if isinstance(one, ToolCall)
+            ],
+            "notices": [one.message for one in events if isinstance(one, Notice)],
+            "reason": tick.result.done.reason,
+        },
+        "stats": {name: getattr(stats, name) for name in times}
+        | {
+            "num_input_tokens": stats.num_input_tokens,
+            "num_output_tokens": stats.num_output_tokens,
+            "position": stats.position,
+            "num_pages": stats.num_pages,
+        },
+    }
