@@ -151,7 +151,7 @@ class StepRunner:
 
     def _cut(self, inputs: SequenceOf[StepInput]) -> list[list[_Piece]]:
         """Steps of at most ``max_step_tokens``, each filled from the inputs in order."""
-        lengths = [len(one.token_ids) for one in inputs]
+        lengths = [one.token_ids.shape[0] for one in inputs]
         done = [0] * len(inputs)
         steps: list[list[_Piece]] = []
         while done != lengths:
@@ -183,16 +183,16 @@ class StepRunner:
             seen.add(sequence.slot.index)
             if sequence.slot.is_growing:
                 raise SessionBusy(f"inputs[{i}]: a step of this sequence is in flight")
-            if len(x_TD) != len(token_ids):
+            length = token_ids.shape[0]
+            if x_TD.shape[0] != length:
                 raise InvalidArgument(
-                    f"inputs[{i}]: x must be [{len(token_ids)}, D] as token_ids, "
-                    f"got {list(x_TD.shape)}"
+                    f"inputs[{i}]: x must be [{length}, D] as token_ids, got {list(x_TD.shape)}"
                 )
             before = 0
             for start, end in blocks:
-                if not before <= start < end <= len(token_ids):
+                if not before <= start < end <= length:
                     raise InvalidArgument(
-                        f"inputs[{i}]: blocks must be ascending in [0, {len(token_ids)}), got "
+                        f"inputs[{i}]: blocks must be ascending in [0, {length}), got "
                         f"[{start}, {end}) after {before}"
                     )
                 before = end

@@ -158,19 +158,20 @@ class PageTable:
         Full pages gain a reference, a partial last page is copied (one page of the pool).
         """
         end, num_full = pages_for(tip), tip // PAGE_LEN
-        child.row[:end] = self.row[:end]
+        child.keep, child.floor = self.keep, floor
         for page in range(floor, min(self.floor, end)):
             child.row[page] = self.pinned[page]
+        for part in (slice(0, min(self.keep, end)), slice(max(self.floor, floor), end)):
+            child.row[part] = self.row[part]
+        self.pool.addref(child._held(0, num_full))
+        child.end = num_full
         if num_full < end:
             child.row[num_full] = self._copied(int(child.row[num_full]))
-        full = child.row[:num_full]
-        self.pool.addref(full[full >= 0])
-        child.keep, child.floor, child.end = self.keep, floor, end
+            child.end = end
 
     def ids(self) -> PageIds:
         """Ids of the held pages in logical order, without the pinned ones."""
-        held = self.row[: self.end]
-        return held[held >= 0]
+        return self._held(0, self.end)
 
     def adopt(self, keep: int, floor: int, end: int) -> PageIds:
         """Fill an empty row with fresh pages for [0, keep) and [floor, end); returns their ids."""
@@ -227,7 +228,15 @@ class PageTable:
         self.pool.release(np.array(ids, np.int32))
 
     def _truncate(self, end: int) -> None:
-        gone = self.row[end : self.end]
-        self.pool.release(gone[gone >= 0])
-        gone[:] = -1
+        self.pool.release(self._held(end, self.end))
+        self.row[end : min(self.keep, self.end)] = -1
+        self.row[max(end, self.floor) : self.end] = -1
         self.end = min(self.end, end)
+
+    def _held(self, start: int, stop: int) -> PageIds:
+        """Ids of the held pages among [start, stop)."""
+        kept, recent = (
+            self.row[start : min(self.keep, stop)],
+            self.row[max(start, self.floor) : stop],
+        )
+        return np.concatenate((kept, recent))

@@ -54,15 +54,13 @@ class PagePool:
     def addref(self, ids: PageIds) -> None:
         """One more reference on each of ``ids``, which are distinct and held."""
         if len(ids):
-            self._require_held(ids)
-            self._refs[ids] += 1
+            self._refs[ids] = self._held(ids) + 1
 
     def release(self, ids: PageIds) -> None:
         """One reference less on each of ``ids``, which are distinct; those at zero become free."""
         if not len(ids):
             return
-        self._require_held(ids)
-        left = self._refs[ids] - 1
+        left = self._held(ids) - 1
         self._refs[ids] = left
         freed = ids[left == 0]
         self._free[self._num_free : self._num_free + len(freed)] = freed[::-1]
@@ -86,7 +84,10 @@ class PagePool:
                 f"has {int(self._refs[page])} references"
             )
 
-    def _require_held(self, ids: PageIds) -> None:
-        if int(self._refs[ids].min()) < 1:
-            page = int(ids[int(self._refs[ids].argmin())])
+    def _held(self, ids: PageIds) -> NDArray[np.int32]:
+        """Reference counts of ``ids``, which must not be free."""
+        refs: NDArray[np.int32] = self._refs[ids]
+        if int(refs.min()) < 1:
+            page = int(ids[int(refs.argmin())])
             raise TmlError(f"{self.name}: page {page} is used by someone who does not hold it")
+        return refs

@@ -31,7 +31,7 @@ def records(token_ids_T: NDArray[np.int64], reach_T: NDArray[np.int64], x_TH: Te
     out = np.zeros(len(token_ids_T), RECORD)
     out["token_id"] = token_ids_T
     out["reach"] = reach_T
-    media = np.flatnonzero(token_ids_T < 0)
+    (media,) = (token_ids_T < 0).nonzero()
     if len(media):
         rows = x_TH.contiguous().view(torch.uint8).numpy()
         digests = b"".join(blake2b(rows[i].data, digest_size=8).digest() for i in media.tolist())
