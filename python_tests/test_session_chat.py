@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from session_kit import WAIT_S, engine_threads, nano, noise, standing
 from tml_core import Chunk, Model, Session, TextToken, ToolCall, errors, load_model
@@ -36,8 +37,7 @@ def _nothing_leaks() -> Iterator[None]:
 
 
 def scripted(patch: pytest.MonkeyPatch, tokens: list[int]) -> None:
-    import torch
-
+    """Give ``tokens`` in the place of the sampler's."""
     left = iter(tokens)
     patch.setattr(
         plain().backbone, "sample", lambda h, _: (torch.tensor([next(left)]), torch.zeros(len(h)))
@@ -46,8 +46,8 @@ def scripted(patch: pytest.MonkeyPatch, tokens: list[int]) -> None:
 
 def test_input_streams_and_commit_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = [THINKING, 104, END, MODEL, TEXT, 105, END, STOP]
-    scripted(monkeypatch, answer)
     with Session(plain(), system="s", effort="low") as session:
+        scripted(monkeypatch, answer)
         prefix = session.token_ids().tolist()
         effort = list(b"Thinking effort level: 0.2")
         assert prefix == [259, 261, 115, END, 259, 261, *effort, END]
@@ -86,13 +86,13 @@ def test_a_sampled_answer_ends_within_its_budget() -> None:
 
 def test_tool_calls_and_results(monkeypatch: pytest.MonkeyPatch) -> None:
     call = [*b"f", CALL, *b'{"name":"f","args":{"x":1}}', END, STOP]
-    scripted(monkeypatch, [*call, TEXT, END, STOP])
 
     def f(x: int) -> int:
         """Double."""
         return 2 * x
 
     with Session(plain(), tools=[f]) as session:
+        scripted(monkeypatch, [*call, TEXT, END, STOP])
         session.append(Chunk(text="2?")).result(WAIT_S)
         for event in session.commit():
             if isinstance(event, ToolCall):
@@ -122,8 +122,8 @@ def test_cancelled_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cancelled_append_of_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, [])
     with Session(plain()) as session:
+        scripted(monkeypatch, [])
         before = standing(session)
         for keep in ("none", "input"):
             turn = session.append(noise(0))

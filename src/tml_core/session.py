@@ -111,7 +111,7 @@ class Engine:
                 f"got {wanted}"
             )
         layout = layout_for(model.config, model.tokenizer)
-        loop = new_loop(model, wanted)
+        loop = new_loop(model, layout, wanted)
         self._host: Final = Host(loop, model, layout)
         self._finalizer = weakref.finalize(self, loop.shutdown, wait=False)
 
@@ -369,7 +369,7 @@ class Session:
             sequence, state = seat.sequence, seat.state
             return SessionInfo(
                 layout=seat.layout.name,
-                position=sequence.tip + len(state.unsent),
+                position=sequence.tip + (0 if seat.turn else len(state.unsent)),
                 tick=state.tick,
                 media_ms=sequence.carry.clock_ms,
                 epoch=seat.epoch,

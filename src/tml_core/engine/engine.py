@@ -63,10 +63,16 @@ class EngineLoop:
     """The engine thread and its inbox.
 
     ``max_sessions`` bounds the seats. With ``stops_when_empty`` the thread ends with the last one.
+    ``warm_up`` is run in the thread before all else; its errors are of no consequence.
     """
 
     def __init__(
-        self, model: StepModel, max_sessions: int, *, stops_when_empty: bool = False
+        self,
+        model: StepModel,
+        max_sessions: int,
+        *,
+        stops_when_empty: bool = False,
+        warm_up: Callable[[], None] | None = None,
     ) -> None:
         self._model = model
         self.max_sessions = max_sessions
@@ -79,6 +85,8 @@ class EngineLoop:
         self._is_stopping = False
         self._gate = threading.Lock()
         self._is_shut = False
+        if warm_up is not None:
+            self._inbox.put(_harmless(warm_up))
         self._thread = threading.Thread(target=self._loop, name="tml-engine", daemon=True)
         self._thread.start()
         # At exit the interpreter must not pull the floor from under a running kernel.
@@ -125,6 +133,8 @@ class EngineLoop:
     def add_seat(self, make: Callable[[], Seat]) -> Seat:
         """Open a seat made by ``make`` in the engine thread; raises PoolExhausted without room."""
 
+        added: list[Seat] = []
+
         def add() -> Seat:
             if self._is_stopping:
                 raise SessionClosed("engine: it is closed")
@@ -134,9 +144,19 @@ class EngineLoop:
                 )
             seat = make()
             self._seats.add(seat)
+            added.append(seat)
             return seat
 
-        return self.call(add)
+        def undo() -> None:
+            for seat in added:
+                self._close_seat(seat)
+
+        try:
+            return self.call(add)
+        except BaseException:
+            # A Ctrl-C while waiting: the seat may still be made, and nobody would own it.
+            self._inbox.put(undo)
+            raise
 
     def close_seat(self, seat: Seat) -> None:
         """Cancel the seat's turn and free what it holds; a second time does nothing."""
@@ -271,6 +291,14 @@ class EngineLoop:
     def _join(self) -> None:
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+
+def _harmless(act: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        with contextlib.suppress(Exception):
+            act()
+
+    return run
 
 
 def _nothing() -> None:

@@ -9,14 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
+import numpy as np
+
 from tml_core.engine.engine import EngineLoop
 from tml_core.engine.model import Model, load_model
-from tml_core.engine.sampler import SamplingParams
+from tml_core.engine.sampler import SampleRequest, SamplingParams, sample_rows
 from tml_core.engine.seat import Seat
 from tml_core.errors import InvalidArgument, InvalidType, SessionClosed
 from tml_core.layout.chat_template import EFFORTS, ChatLayout
+from tml_core.layout.chunk import Chunk
 from tml_core.layout.micro_turn import MicroTurnLayout
+from tml_core.layout.text import bitmask
 from tml_core.layout.tool_call import tool_schemas
+from tml_core.media.micro_turns import TICK_SAMPLES
 from tml_core.sequence.values import Retention
 
 __all__ = [
@@ -33,6 +38,8 @@ __all__ = [
 
 AnyLayout = MicroTurnLayout | ChatLayout
 Tool = Callable[..., object] | Mapping[str, Any]
+
+_PICTURE: Final = (90, 159, 3)  # 16:9 at the default size of media.micro_turns
 
 # One engine runs a model: its sequences belong to one thread. The thread keeps its loop alive.
 _loops: "Final[weakref.WeakKeyDictionary[Model, weakref.ref[EngineLoop]]]" = (
@@ -90,14 +97,31 @@ def new_seat(host: Host, options: SessionOptions) -> Seat:
     return seat
 
 
-def new_loop(model: Model, max_sessions: int) -> EngineLoop:
+def new_loop(model: Model, layout: AnyLayout, max_sessions: int) -> EngineLoop:
     """An engine of its own for ``model``; raises InvalidArgument if one runs it already."""
     with _loops_gate:
         if _running_loop(model) is not None:
             raise InvalidArgument("model: another engine runs it; close that one first")
-        loop = EngineLoop(model, max_sessions)
+        loop = EngineLoop(model, max_sessions, warm_up=lambda: _warm_up(model, layout))
         _loops[model] = weakref.ref(loop)
         return loop
+
+
+def _warm_up(model: Model, layout: AnyLayout) -> None:
+    """One tick through encoders, decoder and sampler, so that a session's first is not late: the
+    thread's workers and scratch memory are made at their first use."""
+    takes_media = model.config.audio is not None and model.config.vision is not None
+    chunk = Chunk(text="a")
+    if takes_media:
+        chunk = Chunk(
+            audio=np.zeros(TICK_SAMPLES, np.float32), frames=[np.zeros(_PICTURE, np.uint8)]
+        )
+    encoded = layout.encode_input(chunk, layout.initial_state())
+    with model.new_sequence() as sequence:
+        (h_TD,) = model.runner.run([model.prepare(sequence, encoded.segments)])
+        anything = bitmask(np.ones(model.vocab_size, np.bool_))
+        request = SampleRequest(SamplingParams(), 0, sequence.tip, anything)
+        model.backbone.sample(h_TD[-1:], sample_rows([request]))
 
 
 def _running_loop(model: Model) -> EngineLoop | None:
@@ -116,7 +140,12 @@ def engine_seat(model: Model, layout: AnyLayout, make: Callable[[Host], Seat]) -
                 return host, running.add_seat(lambda: make(host))
             # It was ending: its last session has just gone.
             running.shutdown()
-        loop = EngineLoop(model, model.store.kv.num_slots, stops_when_empty=True)
+        loop = EngineLoop(
+            model,
+            model.store.kv.num_slots,
+            stops_when_empty=True,
+            warm_up=lambda: _warm_up(model, layout),
+        )
         host = Host(loop, model, layout)
         try:
             seat = loop.add_seat(lambda: make(host))
