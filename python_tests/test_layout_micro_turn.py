@@ -353,6 +353,18 @@ def test_training_targets_are_spelled_as_sampling_reads_them(value: str, name: s
     assert calls == ([] if call is None else [call])
 
 
+def test_a_session_for_a_trainer() -> None:
+    layout = nano_layout(max_text_per_tick=2)
+    ticks = [(Chunk(text="?"), [SILENCE]), (Chunk(is_idle=True), text("hi"))]
+    segments, streams = layout.encode_session(ticks, text("s"))
+    ids = [*text("s"), TICK, *text("?"), OUT, SILENCE, TICK, OUT, *text("hi"), END_OUT]
+    assert ids_of(segments) == ids
+    said = {4: Stream.SILENCE, 7: Stream.TEXT, 8: Stream.TEXT, 9: Stream.FORCED}
+    assert streams == [said.get(i, Stream.INPUT) for i in range(len(ids))]
+    with pytest.raises(errors.InvalidArgument, match=r"ticks\[0\]: expected tokens that close"):
+        layout.encode_session([(Chunk(is_idle=True), text("h"))])
+
+
 def test_a_micro_turn_is_a_chunk() -> None:
     pcm = np.zeros(3200, np.float32)
     chunk = as_chunk(MicroTurn(audio=pcm, text="x", num_padded=4))

@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 
@@ -31,13 +30,13 @@ from tml_core import (
     Session,
     Silence,
     TextToken,
-    Tokens,
     ToolCall,
     TurnDone,
     errors,
 )
 from tml_core.engine import turn as turn_module
-from tml_core.media import Audio, Image, dmel_bins
+from tml_core.layout import MicroTurnLayout, Stream, as_chunk
+from tml_core.layout.select import layout_for
 
 
 @pytest.fixture(autouse=True)
@@ -65,30 +64,30 @@ def test_the_sequence_is_what_the_layout_says() -> None:
     ]
 
 
-def test_logprobs_are_those_of_the_whole_sequence() -> None:
-    with Session(nano(), seed=7) as session:
-        results = [session.append(one).result(WAIT_S) for one in clip(3)]
-    segments: list[Tokens | Audio | Image] = []
-    audio = np.concatenate([one.audio for one in clip(3)])
-    bins = dmel_bins(audio)
-    for i, (micro_turn, result) in enumerate(zip(clip(3), results, strict=True)):
-        first, second = micro_turn.frames
-        segments += [
-            Tokens([274]),
-            Audio(bins=bins[4 * i : 4 * i + 4]),
-            Image(rgb=first, second=second),
-            Tokens([275, *result.done.token_ids]),
-        ]
-    logits = nano().logits(segments)
-    logprobs = logits.log_softmax(dim=1)
-    position = 0
-    for result in results:
-        position += 1 + 4 + 12 + 1
-        tokens, sampled = spoken(result.events)
-        rows = torch.arange(position - 1, position - 1 + len(tokens))
-        # fp32 log-softmax in another order than the kernel's.
-        torch.testing.assert_close(logprobs[rows, torch.tensor(tokens)], sampled, atol=1e-4, rtol=0)
-        position += len(result.done.token_ids)
+def test_a_trainer_sees_the_sequence_the_session_made() -> None:
+    chunks = [*clip(3), Chunk(text="and?" * 20), noise(0, 1000), Chunk(is_idle=True)]
+    with Session(nano(), seed=7, system="be brief") as session:
+        results = [session.append(one).result(WAIT_S) for one in chunks]
+        ids = session.token_ids().tolist()
+    layout = layout_for(nano().config, nano().tokenizer)
+    assert isinstance(layout, MicroTurnLayout)
+    sampled = [
+        # Closed at the budget or after a call, the end was not sampled.
+        [*one.done.token_ids[: one.stats.num_output_tokens]]
+        for one in results
+    ]
+    ticks = [(as_chunk(one), run) for one, run in zip(chunks, sampled, strict=True)]
+    segments, streams = layout.encode_session(ticks, layout.encode_prefix("be brief"))
+    assert len(streams) == len(ids)
+    with nano().new_sequence() as sequence:
+        (h_TD,) = nano().runner.run([nano().prepare(sequence, segments)])
+        assert sequence.token_ids().tolist() == ids
+    chosen = [i for i, one in enumerate(streams) if one not in (Stream.INPUT, Stream.FORCED)]
+    assert [ids[i] for i in chosen] == [token for run in sampled for token in run]
+    texts = torch.tensor([i for i in chosen if streams[i] == Stream.TEXT])
+    logprobs = nano().backbone.logprobs(h_TD[texts - 1], torch.tensor(ids)[texts])
+    # One step over all of it and hundreds of small ones: the same bits.
+    assert torch.equal(logprobs, torch.cat([spoken(one.events)[1] for one in results]))
 
 
 def test_stats_add_up() -> None:

@@ -17,7 +17,7 @@ Choices the figure leaves open, made here and nowhere else:
   ``<|call|> [tool, ...] <|/call|>``, before the first tick.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final
@@ -337,6 +337,38 @@ class MicroTurnLayout:
         if not last.is_done:
             last.accept(ids.end_out if last.token_ids else ids.silence, 0.0)
         return parts
+
+    def encode_session(
+        self, ticks: Iterable[tuple[Chunk, Sequence[int]]], prefix: Sequence[int] = ()
+    ) -> tuple[list[Segment | Block], list[Stream]]:
+        """A whole session as a trainer sees it: segments, and the stream of every position.
+
+        ``ticks``: for each tick what came in and what was sampled, FORCED tokens left out, the
+        tick closed by it (`split_output` makes such runs). ``prefix``: ids of `encode_prefix`.
+        The same positions as a live session has. Raises `InvalidArgument` for a run that does not
+        close its tick or that the grammar does not allow.
+        """
+        segments: list[Segment | Block] = [Tokens(tuple(prefix))] if prefix else []
+        streams = [Stream.INPUT] * len(prefix)
+        state: LayoutState = self.initial_state()
+        for chunk, token_ids in ticks:
+            encoded = self.encode_input(chunk, state)
+            segments += encoded.segments
+            # What the last tick left unsent leads this input, and is labelled already.
+            streams += [Stream.INPUT] * (encoded.num_tokens - len(state.unsent))
+            output = self.begin_output(encoded.state)
+            for token_id in token_ids:
+                output.accept(token_id, 0.0)
+            if not output.is_done:
+                raise InvalidArgument(
+                    f"ticks[{output.state.tick}]: expected tokens that close the tick, "
+                    f"got {list(token_ids)}"
+                )
+            streams += output.streams
+            state = output.state
+        if state.unsent:
+            segments.append(Tokens(state.unsent))
+        return segments, streams
 
     def encode_frames(self, frames: Sequence[Any]) -> Image:
         """One image-token set: a picture, or a pair with the later one in the second slot."""
