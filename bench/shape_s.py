@@ -49,6 +49,14 @@ TEXT_CONFIG = {
 }
 
 
+# One layer of each kind: what a check in fp32 can afford.
+PAIR_CONFIG = TEXT_CONFIG | {
+    "num_hidden_layers": 2,
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "mlp_layer_types": ["sparse"] * 2,
+}
+
+
 def config() -> ModelConfig:
     """Shape S as our loader reads it."""
     return ModelConfig.from_dict(TEXT_CONFIG)

@@ -1,0 +1,90 @@
+"""Our engine on shape S: the model, one sequence, greedy sampling, as a session drives them."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from peers.engine import TurnTime, real_context, timed_turn
+from shape_s import TEXT_CONFIG, config, random_ids, weights
+from tml_core.contract import PAGE_LEN
+from tml_core.engine.model import Model
+from tml_core.engine.sampler import SampleRequest, SamplingParams, sample_rows
+from tml_core.media.segments import Tokens
+from tml_core.model.backbone import Backbone
+from tml_core.model.config import ModelConfig
+from tml_core.model.kv_store import KvStore
+from tml_core.ops.lm_head import pack_allowed
+from tml_core.sequence.sequence import Sequence
+from tml_core.sequence.store import SequenceStore
+from tml_core.sequence.token_log import records
+
+__all__ = ["TmlEngine", "make_model", "shape_s_model"]
+
+_GREEDY = SamplingParams(temperature=0)
+_STEP_TOKENS = 512
+
+
+def make_model(
+    model_config: ModelConfig,
+    model_weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    num_sequences: int,
+    num_positions: int,
+) -> Model:
+    """A model with room for that many positions in each sequence, its pages full of noise."""
+    num_pages = num_sequences * (num_positions // PAGE_LEN + 1)
+    num_sliding = num_sequences * 3 * (_STEP_TOKENS // PAGE_LEN + 1)
+    kv = KvStore(model_config.text, dtype, num_sequences, num_positions, num_pages, num_sliding)
+    generator = torch.Generator().manual_seed(1)
+    for pages in (kv.global_pages, kv.sliding_pages):
+        for page in pages:
+            page.normal_(generator=generator)
+    backbone = Backbone(model_config, model_weights, dtype)
+    return Model(model_config, backbone, SequenceStore(kv), max_step_tokens=_STEP_TOKENS)
+
+
+@cache
+def shape_s_model() -> Model:
+    """Shape S in bf16, one for the whole run."""
+    return make_model(
+        config(),
+        weights(),
+        torch.bfloat16,
+        num_sequences=4,
+        num_positions=TEXT_CONFIG["max_position_embeddings"],
+    )
+
+
+class TmlEngine:
+    """One sequence of a model."""
+
+    name = "tml_core"
+
+    def __init__(self, model: Model, sequence: Sequence | None = None) -> None:
+        self.model = model
+        self.sequence = model.new_sequence() if sequence is None else sequence
+        self._allowed = pack_allowed(torch.ones(1, model.vocab_size, dtype=torch.bool))[0]
+
+    @property
+    def context_len(self) -> int:
+        return self.sequence.tip
+
+    def grow(self, context_len: int) -> None:
+        if len(ids := real_context(self.context_len, context_len)):
+            self.model.runner.run([self.model.prepare(self.sequence, [Tokens(ids)])])
+        while (missing := context_len - self.context_len) > 0:
+            ids = random_ids(min(missing, _STEP_TOKENS), seed=self.context_len)
+            self.sequence.reserve(len(ids))
+            self.sequence.commit(records(ids.numpy(), torch.zeros_like(ids).numpy(), ids))
+
+    def turn(self, ids: Tensor) -> TurnTime:
+        return timed_turn(ids, self._step)
+
+    def _step(self, ids: Tensor) -> Tensor:
+        sequence = self.sequence
+        (h_TD,) = self.model.runner.run([self.model.prepare(sequence, [Tokens(ids)])])
+        request = SampleRequest(_GREEDY, sequence.seed, sequence.tip, self._allowed)
+        tokens, _ = self.model.backbone.sample(h_TD[-1:], sample_rows([request]))
+        return tokens
