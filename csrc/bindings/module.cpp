@@ -62,11 +62,13 @@ NB_MODULE(_ext, m) {
   tml::bind_memory(m);
   tml::bind_decoder_step(m);
   tml::bind_linear(m);
+  tml::bind_linear_logp(m);
   tml::bind_lm_head(m);
   tml::bind_router(m);
   tml::bind_machine(m);
   tml::bind_moe(m);
   tml::bind_session_attn(m);
+  tml::bind_session_attn_bwd(m);
   tml::bind_attn_prologue(m);
   tml::bind_embed(m);
   tml::bind_rms_norm(m);

@@ -8,10 +8,12 @@ namespace tml {
 void bind_memory(nanobind::module_& m);
 void bind_decoder_step(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
+void bind_linear_logp(nanobind::module_& m);
 void bind_lm_head(nanobind::module_& m);
 void bind_machine(nanobind::module_& m);
 void bind_moe(nanobind::module_& m);
 void bind_session_attn(nanobind::module_& m);
+void bind_session_attn_bwd(nanobind::module_& m);
 void bind_router(nanobind::module_& m);
 void bind_attn_prologue(nanobind::module_& m);
 void bind_embed(nanobind::module_& m);

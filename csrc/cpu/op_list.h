@@ -5,6 +5,7 @@
 #include "ops/dmel_embed.h"
 #include "ops/embed.h"
 #include "ops/linear.h"
+#include "ops/linear_logp.h"
 #include "ops/lm_head.h"
 #include "ops/machine.h"
 #include "ops/moe.h"
@@ -12,6 +13,7 @@
 #include "ops/router.h"
 #include "ops/sconv_norm.h"
 #include "ops/session_attn.h"
+#include "ops/session_attn_bwd.h"
 
 #define TML_CPU_OPS(X)                 \
   X(pack_weight, PackWeightParams)     \
@@ -27,4 +29,7 @@
   X(session_attn, SessionAttnParams)   \
   X(sconv_norm, SconvNormParams)     \
   X(lm_head_logprobs, LmHeadLogprobsParams) \
+  X(linear_logp, LinearLogpParams) \
+  X(linear_logp_bwd, LinearLogpBwdParams) \
+  X(session_attn_bwd, SessionAttnBwdParams) \
   X(lm_head_sample, LmHeadSampleParams)
