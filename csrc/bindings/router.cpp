@@ -9,6 +9,7 @@
 #include "bindings/tensor.h"
 #include "core/contract.h"
 #include "cpu/cpu.h"
+#include "ops/router_bwd.h"
 
 namespace tml {
 namespace {
@@ -68,12 +69,74 @@ void router(nb::handle x_h, nb::handle weight_h, nb::handle bias_h, nb::handle e
   cpu::router(params);
 }
 
+void router_bwd(nb::handle x_h, nb::handle weight_h, nb::handle expert_ids_h, nb::handle logits_h,
+                nb::handle dweights_h, nb::handle dgammas_h, nb::handle dlogits_h, nb::handle dx_h,
+                nb::handle dw_h, float scale, int num_threads) {
+  const Tensor x(x_h, "router_bwd", "x");
+  const Tensor weight(weight_h, "router_bwd", "weight");
+  const Tensor expert_ids(expert_ids_h, "router_bwd", "expert_ids");
+  const Tensor logits(logits_h, "router_bwd", "logits");
+  const Tensor dweights(dweights_h, "router_bwd", "dweights");
+  const Tensor dgammas(dgammas_h, "router_bwd", "dgammas");
+  const Tensor dx(dx_h, "router_bwd", "dx");
+  const Tensor dw(dw_h, "router_bwd", "dw");
+  x.floating().rank(2).rows_contiguous();
+  const std::int64_t num_tokens = x.size(0), in_dim = x.size(1);
+  weight.dtype(DType::kF32).shape({kAny, in_dim}).contiguous();
+  const std::int64_t num_outputs = weight.size(0);
+  expert_ids.dtype(DType::kI32).shape({num_tokens, kAny}).contiguous();
+  logits.dtype(DType::kF32).shape({num_tokens, num_outputs}).contiguous();
+  const std::int64_t top_k = expert_ids.size(1);
+  dweights.dtype(DType::kF32).shape({num_tokens, top_k}).contiguous();
+  dgammas.dtype(DType::kF32).shape({num_tokens, kAny}).contiguous();
+  const std::int64_t num_experts = num_outputs - dgammas.size(1);
+  if (num_experts < 0 || top_k > num_experts || top_k > kRouterMaxTopK ||
+      num_outputs > kRouterMaxOutputs)
+    throw ArgumentError("router_bwd: " + std::to_string(top_k) + " of " +
+                        std::to_string(num_experts) + " experts and " +
+                        std::to_string(dgammas.size(1)) + " shared is no routing of router");
+  const auto* ids = expert_ids.data<const std::int32_t>();
+  for (std::int64_t i = 0; i < num_tokens * top_k; ++i)
+    if (ids[i] < 0 || ids[i] >= num_experts)
+      expert_ids.refuse("in [0, " + std::to_string(num_experts) + ")", std::to_string(ids[i]));
+  dx.dtype(x.type()).shape({num_tokens, in_dim}).contiguous();
+  dw.dtype(DType::kF32).shape({num_outputs, in_dim}).contiguous();
+  RouterBwdParams params{x.data(),
+                         weight.data<const float>(),
+                         ids,
+                         logits.data<const float>(),
+                         dweights.data<const float>(),
+                         dgammas.data<const float>(),
+                         nullptr,
+                         dx.data(),
+                         dw.data<float>(),
+                         x.stride(0),
+                         num_tokens,
+                         in_dim,
+                         static_cast<std::int32_t>(num_experts),
+                         static_cast<std::int32_t>(dgammas.size(1)),
+                         static_cast<std::int32_t>(top_k),
+                         scale,
+                         x.type(),
+                         num_threads};
+  if (!dlogits_h.is_none()) {
+    const Tensor dlogits(dlogits_h, "router_bwd", "dlogits");
+    dlogits.dtype(DType::kF32).shape({num_tokens, num_outputs}).contiguous();
+    params.dlogits = dlogits.data<const float>();
+  }
+  nb::gil_scoped_release release;
+  cpu::router_bwd(params);
+}
+
 }  // namespace
 
 void bind_router(nb::module_& m) {
   m.def("router", &router, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("expert_ids"),
         nb::arg("weights"), nb::arg("gammas"), nb::arg("logits").none(), nb::arg("scale"),
         nb::arg("num_threads"));
+  m.def("router_bwd", &router_bwd, nb::arg("x"), nb::arg("weight"), nb::arg("expert_ids"),
+        nb::arg("logits"), nb::arg("dweights"), nb::arg("dgammas"), nb::arg("dlogits").none(),
+        nb::arg("dx"), nb::arg("dw"), nb::arg("scale"), nb::arg("num_threads"));
 }
 
 }  // namespace tml

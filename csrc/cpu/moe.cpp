@@ -29,6 +29,7 @@ struct Group {
 struct Plan {
   std::int32_t* token_of_slot;
   std::int32_t* slot_of;  // [num_tokens][top_k + num_shared]
+  std::int32_t* pair_of_slot;  // the inverse
   Group* groups;
   std::int64_t num_groups = 0;
   std::int64_t total_cost = 0;
@@ -57,13 +58,16 @@ void plan_groups(const MoeParams& p, std::int64_t first, std::int64_t count, std
       const std::int32_t slot = cursor[ids[t * p.top_k + j]]++;
       plan->token_of_slot[slot] = static_cast<std::int32_t>(t);
       plan->slot_of[t * per_token + j] = slot;
+      plan->pair_of_slot[slot] = static_cast<std::int32_t>(t * per_token + j);
     }
   for (std::int32_t s = 0; s < p.num_shared; ++s) {
     const std::int64_t slot = count * (p.top_k + s);
     add_group(slot, count, p.num_experts + s);
     for (std::int64_t t = 0; t < count; ++t) {
       plan->token_of_slot[slot + t] = static_cast<std::int32_t>(t);
-      plan->slot_of[t * per_token + p.top_k + s] = static_cast<std::int32_t>(slot + t);
+      const std::int64_t pair = t * per_token + p.top_k + s;
+      plan->slot_of[pair] = static_cast<std::int32_t>(slot + t);
+      plan->pair_of_slot[slot + t] = static_cast<std::int32_t>(pair);
     }
   }
 }
@@ -108,6 +112,7 @@ void moe_chunk(const MoeParams& p, std::int64_t first, std::int64_t count) {
       .take(&plan.groups, p.num_experts + p.num_shared)
       .take(&plan.token_of_slot, num_slots)
       .take(&plan.slot_of, num_slots)
+      .take(&plan.pair_of_slot, num_slots)
       .take(&cursor, p.num_experts + 1)
       .commit();
   plan_groups(p, first, count, cursor, &plan);
@@ -116,6 +121,8 @@ void moe_chunk(const MoeParams& p, std::int64_t first, std::int64_t count) {
   auto* y = static_cast<T*>(p.y) + first * p.y_row_stride;
   const float* weights = p.weights + first * p.top_k;
   const float* gammas = p.gammas + first * p.num_shared;
+  auto* saved = static_cast<T*>(p.gate_up);
+  if (saved != nullptr) saved += first * per_token * 2 * p.width;
   const auto* w13 = static_cast<const KStep*>(p.w13);
   const auto* w2 = static_cast<const KStep*>(p.w2);
 
@@ -138,6 +145,12 @@ void moe_chunk(const MoeParams& p, std::int64_t first, std::int64_t count) {
             if (vec == 0) {
               gate = acc;
               return;
+            }
+            if (saved != nullptr) {
+              const std::int64_t pair = plan.pair_of_slot[group.slot + m];
+              T* row = saved + pair * 2 * p.width + panel * 16;
+              store_rest(row, gate, p.width - panel * 16);
+              store_rest(row + p.width, acc, p.width - panel * 16);
             }
             Vec value = mul(silu(gate), acc);
             if (shared) {

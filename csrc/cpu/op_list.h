@@ -9,8 +9,10 @@
 #include "ops/lm_head.h"
 #include "ops/machine.h"
 #include "ops/moe.h"
+#include "ops/moe_bwd.h"
 #include "ops/rms_norm.h"
 #include "ops/router.h"
+#include "ops/router_bwd.h"
 #include "ops/sconv_norm.h"
 #include "ops/session_attn.h"
 #include "ops/session_attn_bwd.h"
@@ -20,7 +22,10 @@
   X(linear, LinearParams)              \
   X(read_bytes, ReadBytesParams)       \
   X(dot_peak, DotPeakParams)           \
+  X(pack_experts, PackExpertsParams)   \
   X(moe, MoeParams)                    \
+  X(moe_bwd, MoeBwdParams)             \
+  X(router_bwd, RouterBwdParams)       \
   X(router, RouterParams)              \
   X(rms_norm, RmsNormParams)           \
   X(embed, EmbedParams)                \

@@ -6,6 +6,7 @@
 #include "cpu/cpu.h"
 #include "cpu/panel_rows.h"
 #include "cpu/parallel.h"
+#include "cpu/router_terms.h"
 
 namespace tml::cpu::TML_ISA_NS {
 namespace {
@@ -13,12 +14,6 @@ namespace {
 constexpr std::int64_t kPanel = contract::kPanel;
 // Below this many multiply-adds a second thread costs more than it saves.
 constexpr std::int64_t kMinParallelWork = 64 << 10;
-
-TML_INLINE float log_sigmoid(float l) {
-  if (l != l) return l;  // log1 is defined for numbers only
-  const float magnitude = l < 0.0f ? -l : l;
-  return (l < 0.0f ? l : 0.0f) - log1(1.0f + exp1(-magnitude));
-}
 
 // The top_k of choice[0, count) as ascending ids.
 void choose(const float* choice, int count, int top_k, std::int32_t* ids) {
@@ -63,16 +58,10 @@ void route_token(const RouterParams& p, const float* logits, std::int64_t token)
 
   const int num_terms = p.top_k + p.num_shared;
   float term[kRouterMaxTopK + kRouterMaxOutputs];
-  float top = 0.0f;
-  for (int i = 0; i < num_terms; ++i) {
-    term[i] = log_sigmoid(logits[i < p.top_k ? ids[i] : p.num_experts + i - p.top_k]);
-    if (i == 0 || term[i] > top) top = term[i];
-  }
-  float sum = 0.0f;
-  for (int i = 0; i < num_terms; ++i) {
-    term[i] = exp1(term[i] - top);
-    sum = sum + term[i];
-  }
+  const auto logit_of = [&](int i) {
+    return logits[i < p.top_k ? ids[i] : p.num_experts + i - p.top_k];
+  };
+  const float sum = softmax_terms(num_terms, logit_of, term);
   for (int i = 0; i < num_terms; ++i) {
     const float weight = to_f32(rounded<T>(term[i] / sum * p.scale));
     if (i < p.top_k)

@@ -277,6 +277,18 @@ TML_INLINE void store_first_rounded(std::uint16_t* p, Vec a, int n) {
   store_bf16(buffer, a);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
+// The first min(n, 16) elements of a row's rest; absent lanes are zero.
+template <class T>
+TML_INLINE Vec load_rest(const T* p, std::int64_t n) {
+  return n >= 16 ? load_as_f32(p) : load_first_as_f32(p, static_cast<int>(n));
+}
+template <class T>
+TML_INLINE void store_rest(T* p, Vec a, std::int64_t n) {
+  if (n >= 16)
+    store_rounded(p, a);
+  else
+    store_first_rounded(p, a, static_cast<int>(n));
+}
 TML_INLINE float to_f32(float x) { return x; }
 TML_INLINE float to_f32(std::uint16_t x) { return bf16_to_f32(x); }
 template <class T>

@@ -142,9 +142,9 @@ void DecoderStep::run(void* x, void* h, const StepBatch& batch, const DecoderSta
         weights[t] = layer.scale;
       }
     }
-    cpu::moe({normed, expert_ids, weights, gammas, layer.w13, layer.w2, branch, hidden, hidden,
-              num_tokens, hidden, layer.width, layer.num_experts, layer.num_shared, layer.top_k,
-              dtype, num_threads});
+    cpu::moe({normed, expert_ids, weights, gammas, layer.w13, layer.w2, branch, nullptr, hidden,
+              hidden, num_tokens, hidden, layer.width, layer.num_experts, layer.num_shared,
+              layer.top_k, dtype, num_threads});
     const bool is_last = index + 1 == layers_.size();
     add_branch(layer.mlp_sconv, 2 * state.kv_width + hidden, index,
                is_last ? nullptr : layers_[index + 1].attn_norm);
