@@ -63,6 +63,9 @@ NB_MODULE(_ext, m) {
   tml::bind_decoder_step(m);
   tml::bind_linear(m);
   tml::bind_linear_logp(m);
+  tml::bind_linear_train(m);
+  tml::bind_norm_train(m);
+  tml::bind_conv_train(m);
   tml::bind_lm_head(m);
   tml::bind_router(m);
   tml::bind_machine(m);

@@ -117,6 +117,18 @@ StepBatch batch_arg(const char* op, nb::handle cu_tokens_h, nb::handle slots_h,
   return batch;
 }
 
+StepBatch packed_arg(const char* op, nb::handle cu_tokens_h, std::int64_t num_tokens) {
+  const Tensor cu_tokens(cu_tokens_h, op, "cu_tokens");
+  cu_tokens.dtype(DType::kI32).rank(1).contiguous();
+  if (cu_tokens.size(0) == 0) cu_tokens.refuse("[num_seqs + 1]", "an empty tensor");
+  StepBatch batch{};
+  batch.cu_tokens = cu_tokens.data<const std::int32_t>();
+  batch.num_seqs = static_cast<std::int32_t>(cu_tokens.size(0) - 1);
+  batch.num_tokens = num_tokens;
+  check_cu_tokens(op, batch);
+  return batch;
+}
+
 KvPages pages_arg(const char* op, const Tensor& pages, std::int64_t layer, const Tensor& table,
                   DType dtype) {
   pages.dtype(dtype).shape({kAny, kAny, kAny, 2, kAny}).contiguous().aligned(64);

@@ -14,6 +14,10 @@ namespace tml {
 StepBatch batch_arg(const char* op, nb::handle cu_tokens, nb::handle slots, nb::handle start_pos,
                     nb::handle visible_end, std::int64_t num_tokens, std::int64_t num_slots);
 
+// Whole sequences packed one after the other: cu_tokens alone, as in batch_arg (num_seqs >= 0 read
+// off its length); slots, start_pos and visible_end are null.
+StepBatch packed_arg(const char* op, nb::handle cu_tokens, std::int64_t num_tokens);
+
 // One layer of a pool [num_pages, num_layers, num_kv_heads, 2, 128 * head_dim] (contiguous, 64-byte
 // aligned) of the given type, and its table int32 [num_slots, max_pages].
 KvPages pages_arg(const char* op, const Tensor& pages, std::int64_t layer, const Tensor& table,

@@ -6,6 +6,7 @@
 
 #include "core/memory.h"
 #include "cpu/cpu.h"
+#include "cpu/log_tau.h"
 #include "cpu/panel.h"
 #include "cpu/row_norm.h"
 #include "cpu/short_conv.h"
@@ -109,8 +110,7 @@ void write_queries(const AttnPrologueParams& p, Range units) {
       rms_norm_row(row + head * dim, static_cast<const T*>(p.q_norm), q, dim, p.eps);
       if (p.log_floor > 0.0f) {
         const std::int64_t pos = p.batch.start_pos[s] + token - p.batch.cu_tokens[s];
-        const float ratio = static_cast<float>(pos + 1) / p.log_floor;
-        const float tau = ratio > 1.0f ? 1.0f + p.log_alpha * log1(ratio) : 1.0f;
+        const float tau = log_tau(pos, p.log_floor, p.log_alpha);
         const auto scale = [&](Vec v, Vec) { return mul(v, set1(tau)); };
         map_row(q, q, q, dim, scale);
         map_row(r_in, r_in, r, p.d_rel, scale);

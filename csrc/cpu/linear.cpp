@@ -3,7 +3,7 @@
 #include "ops/linear.h"
 
 #include "cpu/cpu.h"
-#include "cpu/panel_rows.h"
+#include "cpu/panel_pack.h"
 #include "cpu/parallel.h"
 
 namespace tml::cpu::TML_ISA_NS {
@@ -57,11 +57,8 @@ void pack_weight_typed(const PackWeightParams& p) {
     const Range panels = split(num_panels, thread, num_threads);
     for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const int rows = static_cast<int>(std::min(kPanel, p.out_dim - panel * kPanel));
-      KStep* out = packed + panel * num_steps * kPanel;
-      for (std::int64_t k = 0; k < num_steps; ++k)
-        for (int row = 0; row < kPanel; ++row)
-          out[k * kPanel + row] =
-              row < rows ? k_step(w + (panel * kPanel + row) * p.w_row_stride, k, p.in_dim) : 0u;
+      pack_panel_of_rows(w + panel * kPanel * p.w_row_stride, p.w_row_stride, rows, p.in_dim,
+                         packed + panel * num_steps * kPanel);
     }
   });
 }

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from tml_core.errors import Unsupported
 
-__all__ = ["register_op"]
+__all__ = ["is_recorded", "register_op"]
 
 _LIBRARY: Final = torch.library.Library("tml", "FRAGMENT")
 
@@ -46,7 +47,17 @@ def register_op(
 
 
 def _no_formula(name: str) -> Callable[..., Any]:
-    def refuse(ctx: Any, *grads: Any) -> Any:
+    def refuse(_ctx: Any, *_grads: Any) -> Any:
         raise Unsupported(f"{name}: has no gradient formula (ops are differentiable once)")
 
     return refuse
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether a call on these must go through its registered op: a gradient or a trace wants it.
+
+    Otherwise a public function may call its kernel directly, which saves the dispatch.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -23,12 +23,13 @@ _CHUNK = 256  # patches at a time, so that a large image needs no more workspace
 class HmlpWeights:
     """The encoder's layers, first to last.
 
-    ``folds``: (frames, side) of the cells merged before each projection; ``projections``: packed;
+    ``folds``: (frames, side) of the cells merged before each projection; ``projections``: packed,
+    or plain [out, in] tensors (then ``hmlp`` is differentiable in them and in the norms);
     ``norms``: [out_dim] after every projection but the last; ``final_norm``: [H]; ``eps`` of all.
     """
 
     folds: tuple[tuple[int, int], ...]
-    projections: tuple[PackedWeight, ...]
+    projections: tuple[PackedWeight | Tensor, ...]
     norms: tuple[Tensor, ...]
     final_norm: Tensor
     eps: float = 1e-6
@@ -41,11 +42,11 @@ class HmlpWeights:
             )
         for index in range(1, len(self.folds)):
             frames, side = self.folds[index]
-            want = self.projections[index - 1].out_dim * frames * side * side
-            if self.projections[index].in_dim != want:
+            want = _dims(self.projections[index - 1])[0] * frames * side * side
+            got = _dims(self.projections[index])[1]
+            if got != want:
                 raise InvalidArgument(
-                    f"hmlp: projection {index} must take {want} channels, "
-                    f"got {self.projections[index].in_dim}"
+                    f"hmlp: projection {index} must take {want} channels, got {got}"
                 )
 
     @property
@@ -58,8 +59,15 @@ class HmlpWeights:
         frames = math.prod(fold[0] for fold in self.folds)
         side = math.prod(fold[1] for fold in self.folds)
         first_frames, first_side = self.folds[0]
-        channels = self.projections[0].in_dim // (first_frames * first_side * first_side)
+        channels = _dims(self.projections[0])[1] // (first_frames * first_side * first_side)
         return frames, side, side, channels
+
+
+def _dims(projection: PackedWeight | Tensor) -> tuple[int, int]:
+    """(out, in)."""
+    if isinstance(projection, PackedWeight):
+        return projection.out_dim, projection.in_dim
+    return projection.shape[0], projection.shape[1]
 
 
 def fold_timespace(x_PTSSC: Tensor, t_fold: int, hw_fold: int) -> Tensor:
@@ -81,14 +89,25 @@ def hmlp(patches_PTSSC: Tensor, weights: HmlpWeights) -> Tensor:
 
     Patches are rounded to the weights' dtype first; each layer is linear, then rms_norm and gelu
     (not after the last), then the final rms_norm, rounded where those ops round. A patch's bits do
-    not depend on the other patches. Raises InvalidArgument on another shape.
+    not depend on the other patches. With packed projections no gradient is recorded; with plain
+    ones there is one for the patches and every weight, and the bits are the same.
+    Raises InvalidArgument on another shape.
     """
-    refuse_grad("hmlp", patches=patches_PTSSC)
+    is_packed = all(isinstance(weight, PackedWeight) for weight in weights.projections)
+    if is_packed:
+        refuse_grad(
+            "hmlp",
+            patches=patches_PTSSC,
+            final_norm=weights.final_norm,
+            **{f"norm {index}": norm for index, norm in enumerate(weights.norms)},
+        )
     if tuple(patches_PTSSC.shape[1:]) != weights.patch_shape:
         want = ", ".join(map(str, weights.patch_shape))
         raise InvalidArgument(f"hmlp: patches must be [P, {want}], got {list(patches_PTSSC.shape)}")
+    if not is_packed:  # a chunk would end a block of the gradients' sums
+        return _encode(patches_PTSSC.to(weights.dtype), weights)
     out_PH = torch.empty(
-        patches_PTSSC.shape[0], weights.projections[-1].out_dim, dtype=weights.dtype
+        patches_PTSSC.shape[0], _dims(weights.projections[-1])[0], dtype=weights.dtype
     )
     for start in range(0, patches_PTSSC.shape[0], _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -100,12 +119,13 @@ def _encode(x_PTSSC: Tensor, weights: HmlpWeights) -> Tensor:
     for index, (fold, projection) in enumerate(
         zip(weights.folds, weights.projections, strict=True)
     ):
+        out_dim, in_dim = _dims(projection)
         x_PTSSC = fold_timespace(x_PTSSC, *fold)
-        y_NC = linear(x_PTSSC.view(-1, projection.in_dim), projection)
+        y_NC = linear(x_PTSSC.view(-1, in_dim), projection)
         if index < len(weights.norms):
             y_NC = rms_norm(y_NC, weights.norms[index], weights.eps, activation="gelu")
-        x_PTSSC = y_NC.view(*x_PTSSC.shape[:-1], projection.out_dim)
-    x_PH = x_PTSSC.view(x_PTSSC.shape[0], -1)
+        x_PTSSC = y_NC.view(*x_PTSSC.shape[:-1], out_dim)
+    x_PH = x_PTSSC.flatten(1)
     return rms_norm(x_PH, weights.final_norm, weights.eps)
 
 
