@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from test_ops_session_attn import Heads, Tokens, attend, layer, tokens
 from tml_core import _ext, errors
@@ -115,6 +117,31 @@ def test_session_attn_train_packed_sequences(dtype: torch.dtype) -> None:
     seqs = [tokens(heads, n, seed=i) for i, n in enumerate(lengths)]
     seqs[1].visible_end[30:70] = 69
     check_gradients(Packed(heads, seqs))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(0, 150), min_size=1, max_size=4),
+    st.sampled_from([(1, 1, 16), (6, 2, 32), (7, 1, 48), (16, 1, 16)]),
+    st.sampled_from([0, 1, 40, 128]),
+    st.integers(1, 20),
+    st.data(),
+)
+def test_session_attn_train_of_any_batch(
+    lengths: list[int],
+    sizes: tuple[int, int, int],
+    window: int,
+    rel: int,
+    data: st.DataObject,
+) -> None:
+    rel_len = data.draw(st.integers(1, 140), label="rel_len")
+    heads = layer(*sizes, torch.float32, rel=rel, rel_len=rel_len, window=window)
+    seqs = []
+    for i, length in enumerate(lengths):
+        edges = sorted(data.draw(st.sets(st.integers(0, length), max_size=4), label="edges"))
+        seqs.append(tokens(heads, length, tuple(itertools.pairwise(edges)), seed=i))
+    if sum(lengths) > 0:
+        check_gradients(Packed(heads, seqs))
 
 
 @BOTH

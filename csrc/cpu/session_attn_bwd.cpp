@@ -172,33 +172,36 @@ class AttnBwdWorker {
         [&](std::int64_t key) { return key < num_keys_ ? key_row(p_.k, base_ + key) : nullptr; });
   }
 
-  void pack_tile() const {
+  void pack_tile() {
     const auto* q = static_cast<const T*>(p_.q);
     const auto* r = static_cast<const T*>(p_.r);
     const auto* d_out = static_cast<const T*>(p_.d_out);
     const std::int64_t rel_steps = num_k_steps(p_.dtype, p_.rel_dim);
     const auto row_bytes = static_cast<std::size_t>(dim_) * sizeof(T);
     const auto rel_bytes = static_cast<std::size_t>(p_.rel_dim) * sizeof(T);
-    for (std::int64_t row = 0; row < num_rows(); ++row) {
-      const std::int64_t source = source_row(row);
-      std::memcpy(q_rows_ + row * kOntoRow, q + source * dim_, row_bytes);
-      std::memcpy(do_rows_ + row * kOntoRow, d_out + source * dim_, row_bytes);
-      r_rows_[row * kOntoRow + rel_steps - 1] = 0;  // where an odd number of bf16 ends
-      std::memcpy(r_rows_ + row * kOntoRow, r + source * p_.rel_dim, rel_bytes);
-      for (std::int64_t c = 0; c < rel_width_; ++c)
-        r_values_[row * rel_width_ + c] =
-            c < p_.rel_dim ? bits_of(to_f32(r[source * p_.rel_dim + c])) : 0u;
-    }
+    std::int64_t row = 0;
+    for (std::int64_t t = 0; t < num_tokens_; ++t)
+      for (std::int64_t g = 0; g < group_; ++g, ++row) {
+        const std::int64_t source = head_row(tile_ + t, g);
+        source_row_[row] = source;
+        token_of_row_[row] = static_cast<int>(t);
+        std::memcpy(q_rows_ + row * kOntoRow, q + source * dim_, row_bytes);
+        std::memcpy(do_rows_ + row * kOntoRow, d_out + source * dim_, row_bytes);
+        r_rows_[row * kOntoRow + rel_steps - 1] = 0;  // where an odd number of bf16 ends
+        std::memcpy(r_rows_ + row * kOntoRow, r + source * p_.rel_dim, rel_bytes);
+        for (std::int64_t c = 0; c < rel_width_; c += 16) {
+          const auto count = static_cast<int>(std::min<std::int64_t>(16, p_.rel_dim - c));
+          store(r_values_ + row * rel_width_ + c,
+                load_first_as_f32(r + source * p_.rel_dim + c, count));
+        }
+      }
     const int vecs = static_cast<int>(dim_ / 16);
     pack_step_rows<T>(q_columns_, dim_, num_rows(), 0, dim_, vecs,
-                      [&](std::int64_t row) { return q + source_row(row) * dim_; });
+                      [&](std::int64_t i) { return q + source_row_[i] * dim_; });
     pack_step_rows<T>(do_columns_, dim_, num_rows(), 0, dim_, vecs,
-                      [&](std::int64_t row) { return d_out + source_row(row) * dim_; });
+                      [&](std::int64_t i) { return d_out + source_row_[i] * dim_; });
   }
   int num_rows() const { return static_cast<int>(num_tokens_ * group_); }
-  std::int64_t source_row(std::int64_t row) const {
-    return head_row(tile_ + row / group_, row % group_);
-  }
 
   // Everything one tile takes from one unit.
   void walk_tile() {
@@ -256,8 +259,8 @@ class AttnBwdWorker {
       Vec lse[2], delta[2];
       int first[2], last[2];
       for (int i = 0; i < count; ++i) {
-        const std::int64_t t = (row + i) / group_;
-        lse[i] = set1(p_.lse[source_row(row + i)]);
+        const int t = token_of_row_[row + i];
+        lse[i] = set1(p_.lse[source_row_[row + i]]);
         delta[i] = set1(delta_[tile_ * group_ + row + i]);
         first[i] = first_key_[t];
         last[i] = last_key_[t];
@@ -297,8 +300,8 @@ class AttnBwdWorker {
           reinterpret_cast<const KStep*>(shared_.profile + offset * rel_width_), rel_width_,
           static_cast<int>(rel_width_ / 16), ds, 1, group, num_vecs_ * 16, Onto::kChain);
       multiply_onto<false, 1>(dbank_ + offset, bank_width_, ds, kOntoRow, num_vecs_,
-                              r_values_ + t * group_ * rel_width_, rel_width_, p_.rel_dim, group,
-                              Onto::kChain);
+                              reinterpret_cast<const KStep*>(r_values_) + t * group_ * rel_width_,
+                              rel_width_, p_.rel_dim, group, Onto::kChain);
     }
   }
 
@@ -334,14 +337,16 @@ class AttnBwdWorker {
   const SessionAttnBwdParams& p_;
   const BwdShared& shared_;
   const std::int64_t dim_, group_, rel_width_, bank_width_, dim_steps_, tile_tokens_;
-  KStep *q_rows_, *do_rows_, *r_rows_, *q_columns_, *do_columns_, *r_values_;
+  KStep *q_rows_, *do_rows_, *r_rows_, *q_columns_, *do_columns_;
   KStep *k_steps_, *v_steps_, *k_columns_, *ds_rows_, *p_columns_, *ds_columns_;
-  float *s_, *dp_, *sums_, *dk_, *dv_, *dbank_, *dbank_sum_;
+  float *r_values_, *s_, *dp_, *sums_, *dk_, *dv_, *dbank_, *dbank_sum_;
   float *dq_ = nullptr, *dr_ = nullptr, *delta_ = nullptr;  // of the item
   std::int64_t begin_ = 0, count_ = 0, head_ = 0;
   std::int64_t base_ = 0, num_keys_ = 0, tile_ = 0, num_tokens_ = 0;
   int vec_ = 0, num_vecs_ = 0;
-  int first_key_[kRows], last_key_[kRows];
+  int first_key_[kRows], last_key_[kRows];  // of each token of the tile
+  std::int64_t source_row_[kRows];          // of each query row: its row in q, out and lse
+  int token_of_row_[kRows];
 };
 
 // The items, and the bank as fp32 rows of distances.
