@@ -49,7 +49,7 @@ test:
 
 test-cpp:
 	PATH="$(BIN):$$PATH" cmake -S . -B build/cpp -G Ninja -DTML_TESTS=ON -DTML_CUDA=OFF \
-	  -DPython_EXECUTABLE=$(shell command -v $(PY))
+	  -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(shell command -v $(PY))
 	PATH="$(BIN):$$PATH" cmake --build build/cpp
 	build/cpp/csrc/tests/tml_cpp_tests
 
