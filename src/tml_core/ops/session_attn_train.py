@@ -121,7 +121,9 @@ def _backward(
     lse_TN: Tensor,
     d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q_TND, k_TKD, v_TKD, r_TNC))
+    dq_TND, dk_TKD, dv_TKD, dr_TNC = (
+        torch.empty(x.shape, dtype=x.dtype) for x in (q_TND, k_TKD, v_TKD, r_TNC)
+    )
     dbank_CR = torch.zeros(bank_CR.shape)
     if q_TND.shape[0] > 0:
         slots, start_pos = _whole(cu_tokens)
@@ -134,7 +136,10 @@ def _backward(
             out,
             lse_TN,
             d_out.contiguous(),
-            *grads,
+            dq_TND,
+            dk_TKD,
+            dv_TKD,
+            dr_TNC,
             dbank_CR,
             cu_tokens,
             slots,
@@ -144,7 +149,6 @@ def _backward(
             scale,
             num_threads(),
         )
-    dq_TND, dk_TKD, dv_TKD, dr_TNC = grads
     return dq_TND, dk_TKD, dv_TKD, dr_TNC, dbank_CR.to(bank_CR.dtype)
 
 
