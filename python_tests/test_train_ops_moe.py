@@ -199,9 +199,7 @@ def test_rows_of_wider_buffers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moe_passes_opcheck(dtype: torch.dtype) -> None:
-    args = [
-        a if a.dtype == torch.int32 else a.requires_grad_() for a in layer(19, 32, 16, dtype)
-    ]
+    args = [a if a.dtype == torch.int32 else a.requires_grad_() for a in layer(19, 32, 16, dtype)]
     torch.library.opcheck(torch.ops.tml.moe.default, (*args, True))
     args = [a.detach() for a in args]
     torch.library.opcheck(torch.ops.tml.moe.default, (*args, False))
@@ -276,6 +274,4 @@ def test_moe_training_refusals() -> None:
         moe(x, ids, weights.bfloat16(), gammas, gate_up, down)
     saved = torch.ops.tml.moe(x, ids, weights, gammas, gate_up, down, True)[1]
     with pytest.raises(errors.InvalidArgument, match="moe_bwd: gate_up must be"):
-        torch.ops.tml.moe_bwd(
-            x, x, ids, weights, gammas, saved[:3], gate_up, down, True, True
-        )
+        torch.ops.tml.moe_bwd(x, x, ids, weights, gammas, saved[:3], gate_up, down, True, True)

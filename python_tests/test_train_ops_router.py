@@ -55,9 +55,7 @@ def test_training_forward_has_the_bits_of_serving(
     t, h, experts, shared, top_k = size
     x, weight, bias = inputs(t, h, experts, shared, dtype)
     served = router(x, pack_weight(weight), bias, top_k=top_k, scale=2.5, return_logits=True)
-    trained = router(
-        x, weight.requires_grad_(), bias, top_k=top_k, scale=2.5, return_logits=True
-    )
+    trained = router(x, weight.requires_grad_(), bias, top_k=top_k, scale=2.5, return_logits=True)
     assert all(torch.equal(a, b) for a, b in zip(served, trained, strict=True))
     assert not trained.expert_ids.requires_grad
     assert router(x, weight, bias, top_k=top_k, scale=2.5).logits is None

@@ -97,9 +97,7 @@ def _empty_routing(x_TH: Tensor, top_k: int, num_shared: int, num_logits: int | 
         x_TH.new_empty(num_tokens, top_k, dtype=torch.int32),
         x_TH.new_empty(num_tokens, top_k, dtype=torch.float32),
         x_TH.new_empty(num_tokens, num_shared, dtype=torch.float32),
-        None
-        if num_logits is None
-        else x_TH.new_empty(num_tokens, num_logits, dtype=torch.float32),
+        None if num_logits is None else x_TH.new_empty(num_tokens, num_logits, dtype=torch.float32),
     )
 
 
@@ -139,8 +137,7 @@ def update_router_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
     """
     if bias_E.dtype != torch.float32 or bias_E.ndim != 1:
         raise InvalidArgument(
-            f"update_router_bias: bias must be float32 [E], "
-            f"got {bias_E.dtype} {list(bias_E.shape)}"
+            f"update_router_bias: bias must be float32 [E], got {bias_E.dtype} {list(bias_E.shape)}"
         )
     if counts_E.dtype != torch.int64 or counts_E.shape != bias_E.shape:
         raise InvalidArgument(
@@ -175,9 +172,7 @@ def _router_fake(
     scale: float,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_outputs = weight_NH.shape[0]
-    return _float_first(
-        _empty_routing(x_TH, top_k, num_outputs - bias_E.shape[0], num_outputs)
-    )
+    return _float_first(_empty_routing(x_TH, top_k, num_outputs - bias_E.shape[0], num_outputs))
 
 
 def _float_first(out: Routing) -> tuple[Tensor, Tensor, Tensor, Tensor]:
