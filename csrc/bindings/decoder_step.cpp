@@ -28,7 +28,7 @@ class PyDecoderStep {
   void add_layer(bool is_sliding, std::int32_t num_heads, std::int32_t num_kv_heads,
                  std::int32_t head_dim, std::int32_t rel_len, std::int32_t num_experts,
                  std::int32_t num_shared, std::int32_t top_k, std::int32_t width, float scale,
-                 nb::dict weights) {
+                 const nb::typed<nb::dict, nb::str, nb::object>& weights) {
     const DecoderShape& shape = step_.shape();
     const std::int64_t hidden = shape.hidden;
     const std::int64_t q_width = std::int64_t{num_heads} * head_dim;
