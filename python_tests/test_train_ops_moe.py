@@ -125,8 +125,19 @@ def test_token_gradients_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
         assert torch.equal(w[part], a), name
 
 
-def test_tokens_of_other_experts_and_padding_leave_an_expert_alone() -> None:
-    """Expert 1's gradient is a function of its own tokens, and zero rows of dy add nothing."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_behind_the_tokens_adds_nothing(dtype: torch.dtype) -> None:
+    t, real = 2 * GRAD_BLOCK + 9, GRAD_BLOCK + 77
+    x, ids, weights, gammas, gate_up, down = args = layer(t, 20, 12, dtype)
+    dy = draw(t, 20, dtype=dtype, seed=11)
+    dy[real:] = 0
+    padded = bits(args, dy)
+    alone = bits((x[:real], ids[:real], weights[:real], gammas[:real], gate_up, down), dy[:real])
+    for name, p, a in zip(NAMES, padded, alone, strict=True):
+        assert torch.equal(p[:real] if name in NAMES[:3] else p, a), name
+
+
+def test_tokens_of_other_experts_leave_an_expert_alone() -> None:
     x, _, weights, _, gate_up, down = layer(1300, 32, 16, torch.float32, s=0, k=1)
     dy = draw(1300, 32, seed=11)
     own = draw(1300, 1, seed=12)[:, 0] > 0

@@ -129,6 +129,21 @@ def test_token_gradients_do_not_depend_on_the_batch() -> None:
     assert torch.equal(whole[5:6], dx_of(slice(5, 6)))
 
 
+def test_padding_behind_the_tokens_adds_nothing() -> None:
+    t, real = 2 * GRAD_BLOCK + 9, GRAD_BLOCK + 77
+    x, weight, bias = inputs(t, 20, 12, 2, torch.float32)
+    dweights, dgammas = draw(t, 3, seed=20), draw(t, 2, seed=21)
+    dweights[real:], dgammas[real:] = 0, 0
+
+    def dw_of(count: int) -> Tensor:
+        leaf = weight.clone().requires_grad_()
+        out = router(x[:count], leaf, bias, top_k=3, scale=2.5)
+        outputs = [out.weights, out.gammas]
+        return torch.autograd.grad(outputs, leaf, [dweights[:count], dgammas[:count]])[0]
+
+    assert torch.equal(dw_of(t), dw_of(real))
+
+
 def test_weight_gradients_add_blocks_of_tokens_in_order() -> None:
     t = 3 * GRAD_BLOCK
     x, weight = torch.ones(t, 1), torch.zeros(1, 1)
