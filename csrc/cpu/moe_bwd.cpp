@@ -165,6 +165,9 @@ struct Backward {
       return shared ? token * p.num_shared + choice - p.top_k : token * p.top_k + choice;
     };
     for (std::int64_t m = 0; m < count; ++m) {
+      // Rows of an expert lie far apart: ask for them before u is multiplied.
+      const T* saved = static_cast<const T*>(p.gate_up) + pairs[m] * rows13;
+      for (std::int64_t i = 0; i < rows13; i += 64 / sizeof(T)) prefetch_l2(saved + i);
       own.scale[m] = (shared ? p.gammas : p.weights)[scale_at(m)];
       store(own.lanes + m * 16, zero());
     }

@@ -12,29 +12,34 @@ namespace tml::cpu::TML_ISA_NS {
 template <class T>
 inline constexpr std::int64_t kStepRows = sizeof(T) == 2 ? 2 : 1;
 
-TML_INLINE KStep column_step(float even, float) { return bits_of(even); }
-TML_INLINE KStep column_step(std::uint16_t even, std::uint16_t odd) {
-  return static_cast<KStep>(even) | static_cast<KStep>(odd) << 16;
-}
-
-// out[i] = the k-step of column i, i < count <= 16; columns past `rest` are zero. `odd` may be
-// null.
-template <class T>
-TML_INLINE void pack_column_step(KStep* out, const T* even, const T* odd, std::int64_t rest,
+// out[i] = the k-step of column i, i < count <= 16; zero past `rest` columns. `odd` may be null.
+TML_INLINE void pack_column_step(KStep* out, const float* even, const float*, std::int64_t rest,
                                  int count) {
-  alignas(64) KStep step[16];
-  if (rest >= 16 && (odd != nullptr || kStepRows<T> == 1)) {
-    const T* other = kStepRows<T> == 1 ? even : odd;
-    for (int i = 0; i < 16; ++i) step[i] = column_step(even[i], other[i]);
-  } else {
-    for (int i = 0; i < 16; ++i)
-      step[i] = i < rest ? column_step(even[i], odd != nullptr ? odd[i] : T{0}) : 0u;
-  }
-  const Vec lanes = load(reinterpret_cast<const float*>(step));
+  const Vec step = load_rest(even, rest);
   if (count == 16)
-    store(reinterpret_cast<float*>(out), lanes);
+    store(reinterpret_cast<float*>(out), step);
   else
-    store_first(reinterpret_cast<float*>(out), lanes, count);
+    store_first(reinterpret_cast<float*>(out), step, count);
+}
+TML_INLINE void pack_column_step(KStep* out, const std::uint16_t* even, const std::uint16_t* odd,
+                                 std::int64_t rest, int count) {
+#if TML_ISA_LEVEL >= 2
+  const __mmask16 real = rest >= 16 ? 0xffff : lane_mask(static_cast<int>(rest));
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, even));
+  const __m512i high =
+      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd == nullptr ? 0 : real, odd));
+  _mm512_mask_storeu_epi32(out, lane_mask(count),
+                           _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+  if (rest >= count && odd != nullptr) {
+    for (int i = 0; i < count; ++i) out[i] = even[i] | static_cast<KStep>(odd[i]) << 16;
+    return;
+  }
+  for (int i = 0; i < count; ++i) {
+    const KStep high = i < rest && odd != nullptr ? odd[i] : 0u;
+    out[i] = (i < rest ? even[i] : 0u) | high << 16;
+  }
+#endif
 }
 
 // K-steps `steps` of a matrix of num_rows rows as weight panels: [panel][num_steps][32].
