@@ -6,6 +6,11 @@
 
 namespace tml::cpu::TML_ISA_NS {
 
+// How far ahead of its use a line of a plain matrix is requested: neighbouring lines belong to rows
+// far apart, which the hardware does not foresee. Along a row, in k-steps; down a column, in rows.
+inline constexpr int kAheadSteps = 64;
+inline constexpr int kAheadRows = 16;
+
 #if TML_ISA_LEVEL >= 2
 TML_INLINE void transpose16(__m512i (&r)[16]) {
   __m512i t[16], u[16];
@@ -47,9 +52,11 @@ void pack_panel_of_rows(const T* w, std::int64_t row_stride, int num_rows, std::
   for (; (k + 16) * kPerStep <= in_dim; k += 16)
     for (int half = 0; half < kPanel; half += 16) {
       __m512i r[16];
-      for (int i = 0; i < 16; ++i)
-        r[i] = half + i < num_rows ? _mm512_loadu_si512(w + (half + i) * row_stride + k * kPerStep)
-                                   : _mm512_setzero_si512();
+      for (int i = 0; i < 16; ++i) {
+        const T* line = w + (half + i) * row_stride + k * kPerStep;
+        if (half + i < num_rows) prefetch_l2(line + kAheadSteps * kPerStep);
+        r[i] = half + i < num_rows ? _mm512_loadu_si512(line) : _mm512_setzero_si512();
+      }
       transpose16(r);
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (k + i) * kPanel + half, r[i]);
     }
@@ -93,10 +100,15 @@ template <class T>
 void pack_panels_of_columns(const T* first, std::int64_t row_stride, std::int64_t num_rows,
                             std::int64_t num_columns, std::int64_t num_panels, KStep* out) {
   constexpr std::int64_t kPanel = contract::kPanel;
-  const std::int64_t num_steps = ceil_div(num_rows, 4 / static_cast<std::int64_t>(sizeof(T)));
+  constexpr std::int64_t kPerStep = 4 / sizeof(T);
+  const std::int64_t num_steps = ceil_div(num_rows, kPerStep);
   for (std::int64_t k = 0; k < num_steps; ++k)
     for (std::int64_t column = 0; column < num_panels * kPanel; column += 16) {
       const std::int64_t left = num_columns - column;
+      const std::int64_t ahead = k * kPerStep + kAheadRows;
+      if (left > 0 && ahead + 1 < num_rows && (kPerStep == 1 || column % kPanel == 0))
+        for (std::int64_t row = ahead; row < ahead + kPerStep; ++row)
+          prefetch_l2(first + row * row_stride + column);
       KStep* target = out + (column / kPanel * num_steps + k) * kPanel + column % kPanel;
       column_steps(first + column, row_stride, num_rows, k,
                    left >= 16 ? 16 : (left > 0 ? static_cast<int>(left) : 0), 16, target);
