@@ -1,4 +1,4 @@
-"""The command line: ``tml-core run`` and ``tml-core info``.
+"""The command line: ``tml-core run``, ``tml-core info`` and ``tml-core align``.
 
 What goes wrong on purpose is one line on stderr and exit code 2, never a traceback.
 """
@@ -77,6 +77,26 @@ def info(model: _Model = "nano", dtype: _Dtype = "bfloat16") -> None:
     from tml_core.cli.about import about
 
     Console(highlight=False).print(about(model, dtype))
+
+
+@app.command()
+def align(
+    model: _Model = "nano",
+    tokens: Annotated[int, typer.Option(min=1, help="Drawn tokens to compare, per dtype.")] = 2000,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or both.")] = "both",
+    steps: Annotated[
+        int, typer.Option(min=0, help="Optimizer steps, after which to compare again.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+) -> None:
+    """Sample sessions, recompute each drawn token in the trainer, and compare the bits.
+
+    Exit code 1 if any token's log-probability differs.
+    """
+    from tml_core.cli.align import run_align
+
+    if not run_align(model, tokens, dtype, steps, seed, Console(highlight=False)):
+        raise typer.Exit(1)
 
 
 def main() -> None:

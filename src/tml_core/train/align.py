@@ -1,0 +1,173 @@
+"""Does the trainer agree with the sampler, bit for bit? Transcripts are sampled, then recomputed.
+
+`RandomLives` samples sessions in the engine; `TrainableModel` then computes, from whole packed
+transcripts, the log-probability of every token that was drawn.
+"""
+
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from tml_core.errors import InvalidArgument, Unsupported
+from tml_core.model.config import ModelConfig, bundled_path
+from tml_core.model.weights import load_weights, save_weights
+from tml_core.ops.linear_logp import IGNORED_TARGET
+from tml_core.train.lives import RandomLives, SampledTranscript
+from tml_core.train.module import TrainableModel
+from tml_core.train.packing import PackedBatch, Transcript
+
+__all__ = ["AlignReport", "Progress", "align"]
+
+Progress = Callable[[str, int, int], None]
+"""Told (stage, done, total) as the work goes on."""
+
+_PACKED_POSITIONS: Final = 4096
+_TRAIN_POSITIONS: Final = 1024
+
+
+@dataclass(frozen=True)
+class AlignReport:
+    """What one comparison found.
+
+    ``num_steps``: optimizer steps before it. ``num_positions``: of the transcripts, of which
+    ``num_tokens`` were drawn and compared; ``num_differing`` have other bits, by at most
+    ``largest_difference`` (nats). ``sample_s``, ``recompute_s``: wall time of both.
+    """
+
+    dtype: str
+    num_steps: int
+    num_transcripts: int
+    num_positions: int
+    num_tokens: int
+    num_differing: int
+    largest_difference: float
+    sample_s: float
+    recompute_s: float
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether every bit agreed."""
+        return self.num_differing == 0
+
+
+def align(
+    model: str | Path = "nano",
+    *,
+    num_tokens: int = 2000,
+    dtype: torch.dtype = torch.bfloat16,
+    num_steps: int = 0,
+    seed: int = 0,
+    progress: Progress = lambda _stage, _done, _total: None,
+) -> list[AlignReport]:
+    """Compare ``num_tokens`` drawn tokens; with ``num_steps``, again after training that long.
+
+    ``model``: "nano" or a checkpoint directory with an ``interaction`` block. ``dtype``: of the
+    model served and trained; AdamW steps float32 masters. The second comparison serves the trained
+    weights after they were written to a checkpoint and read back.
+    Raises InvalidArgument for counts below one (steps: below zero) or an unknown model,
+    CheckpointError for one that cannot be read, Unsupported for one without micro-turns.
+    """
+    if num_tokens < 1:
+        raise InvalidArgument(f"num_tokens: expected at least 1, got {num_tokens}")
+    if num_steps < 0:
+        raise InvalidArgument(f"num_steps: expected at least 0, got {num_steps}")
+    directory = bundled_path(str(model)) if str(model) == "nano" else Path(model)
+    config = ModelConfig.from_path(directory)
+    if config.interaction is None:
+        raise Unsupported("align: expected a model of micro-turns, got a plain chat checkpoint")
+    trainable = TrainableModel(config, load_weights(directory, config, torch.float32), dtype)
+    reports = []
+    first, sampled = _compare(directory, trainable, 0, num_tokens, seed, progress)
+    reports.append(first)
+    if num_steps:
+        transcripts = [one.transcript for one in sampled]
+        _train(trainable, transcripts, num_steps, seed, progress)
+        with tempfile.TemporaryDirectory() as folder:
+            save_weights(folder, trainable.serving_weights(), config)
+            shutil.copy(directory / "tokenizer.json", folder)
+            reports.append(
+                _compare(Path(folder), trainable, num_steps, num_tokens, seed + 1, progress)[0]
+            )
+    return reports
+
+
+def _compare(
+    directory: Path,
+    trainable: TrainableModel,
+    num_steps: int,
+    num_tokens: int,
+    seed: int,
+    progress: Progress,
+) -> tuple[AlignReport, list[SampledTranscript]]:
+    suffix = f" after {num_steps} steps" if num_steps else ""
+    sampler = RandomLives(directory, trainable.config, trainable.dtype, seed)
+    start_s = time.perf_counter()
+    sampled = sampler.run(
+        num_tokens, lambda done: progress(f"sample{suffix}", min(done, num_tokens), num_tokens)
+    )
+    sampled_s = time.perf_counter()
+    expected_N = torch.cat([one.logprobs_N for one in sampled])
+    parts = []
+    done = 0
+    for group in _groups([one.transcript for one in sampled], _PACKED_POSITIONS):
+        batch = PackedBatch.pack(group, trainable.config)
+        # With gradients on, as in training: the forward then keeps what the backward needs.
+        parts.append(trainable(batch).detach()[batch.targets != IGNORED_TARGET])
+        done += len(parts[-1])
+        progress(f"recompute{suffix}", done, len(expected_N))
+    got_N = torch.cat(parts)
+    end_s = time.perf_counter()
+    is_other = got_N.view(torch.int32) != expected_N.view(torch.int32)
+    report = AlignReport(
+        dtype=str(trainable.dtype).removeprefix("torch."),
+        num_steps=num_steps,
+        num_transcripts=len(sampled),
+        num_positions=sum(one.transcript.num_tokens for one in sampled),
+        num_tokens=len(expected_N),
+        num_differing=int(is_other.sum()),
+        largest_difference=float((got_N - expected_N).abs().max()),
+        sample_s=sampled_s - start_s,
+        recompute_s=end_s - sampled_s,
+    )
+    return report, sampled
+
+
+def _groups(transcripts: Sequence[Transcript], num_positions: int) -> list[list[Transcript]]:
+    """Runs of transcripts of at most ``num_positions``, a longer one alone."""
+    groups: list[list[Transcript]] = []
+    room = 0
+    for one in transcripts:
+        if one.num_tokens > room or not groups:
+            groups.append([])
+            room = num_positions
+        groups[-1].append(one)
+        room -= one.num_tokens
+    return groups
+
+
+def _train(
+    model: TrainableModel,
+    transcripts: Sequence[Transcript],
+    num_steps: int,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """AdamW on batches of random transcripts."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    rng = random.Random(seed)
+    for step in range(num_steps):
+        shuffled = rng.sample(list(transcripts), len(transcripts))
+        batch = PackedBatch.pack(_groups(shuffled, _TRAIN_POSITIONS)[0], model.config)
+        loss = -model(batch).sum() / max(1, batch.num_targets)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        progress("train", step + 1, num_steps)

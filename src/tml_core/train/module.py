@@ -1,0 +1,272 @@
+"""The model a trainer differentiates; its forward has the bits of serving.
+
+Legend: T positions of all sequences, D hidden size, R rows of one projection's input, J rows of a
+gate-and-up matrix, I inner width, E experts, S shared experts, k chosen experts.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from tml_core.errors import InvalidArgument
+from tml_core.model.config import ENCODER_NORM_EPS, ModelConfig
+from tml_core.model.weights import expected_shapes, is_kept_fp32
+from tml_core.ops.attn_prologue_packed import attn_prologue_packed
+from tml_core.ops.embed import dmel_embed, embed
+from tml_core.ops.hmlp import HmlpWeights, hmlp
+from tml_core.ops.linear import linear
+from tml_core.ops.linear_logp import linear_logp
+from tml_core.ops.moe import moe
+from tml_core.ops.rms_norm import rms_norm
+from tml_core.ops.router import router
+from tml_core.ops.sconv_norm_packed import sconv_norm_packed
+from tml_core.ops.session_attn_train import session_attn_train
+from tml_core.train.packing import PackedBatch
+
+__all__ = ["TrainableModel"]
+
+# Chosen by counting visits, not by a gradient.
+_BIAS = ".gate.e_score_correction_bias"
+
+
+class TrainableModel(nn.Module):
+    """All weights as parameters under their canonical names, and log-probabilities of targets.
+
+    ``weights``: canonical names of ``expected_shapes(config)``, float32 or bfloat16; they become
+    parameters as they are (a copy), so float32 ones are masters of a bfloat16 model. ``dtype``:
+    of the model that is trained and served; the forward rounds parameters to it, but for those of
+    `is_kept_fp32`, which must be float32. The routers' choice biases are buffers.
+
+    ``state_dict`` has the canonical names; `serving_weights` is what a backbone or `save_weights`
+    takes. Forward and gradients run in the kernels on a CPU, in plain torch elsewhere.
+    Raises InvalidArgument naming a tensor that is missing, unexpected, misshapen or of another
+    dtype.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise InvalidArgument(f"dtype: expected float32 or bfloat16, got {dtype}")
+        self.config = config
+        self.dtype = dtype
+        shapes = expected_shapes(config)
+        for name in sorted(set(shapes) ^ set(weights)):
+            what = "is missing" if name in shapes else "is not part of this model"
+            raise InvalidArgument(f"weights: {name} {what}")
+        for name, shape in shapes.items():
+            value = weights[name]
+            allowed = {torch.float32} if is_kept_fp32(name) else {torch.float32, dtype}
+            if tuple(value.shape) != shape or value.dtype not in allowed:
+                kinds = " or ".join(sorted(str(one).removeprefix("torch.") for one in allowed))
+                raise InvalidArgument(
+                    f"weights: {name} must be {kinds} {list(shape)}, "
+                    f"got {value.dtype} {list(value.shape)}"
+                )
+            _register(self, name, value.detach().clone(memory_format=torch.contiguous_format))
+
+    def serving_weights(self) -> dict[str, Tensor]:
+        """A copy of the weights as they are served: in ``dtype`` but for those kept in float32."""
+        return {
+            name: value.detach().to(torch.float32 if is_kept_fp32(name) else self.dtype, copy=True)
+            for name, value in self.state_dict().items()
+        }
+
+    @overload
+    def forward(self, batch: PackedBatch) -> Tensor: ...
+    @overload
+    def forward(
+        self, batch: PackedBatch, *, with_entropy: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self, batch: PackedBatch, *, with_entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probabilities of ``batch.targets``, float32 [T]; 0 where there is no target.
+
+        ``with_entropy`` adds the entropy of each position's prediction in nats, float32 [T], 0
+        where there is no target. Differentiable in every parameter. The bits are those that
+        serving computes for the same sequences, whatever else is in the batch.
+        """
+        h_TD = self.hidden(batch)
+        head_VD, vocab_size = self._get("lm_head.weight"), self.config.text.unpadded_vocab_size
+        if with_entropy:
+            return linear_logp(h_TD, head_VD, batch.targets, vocab_size, with_entropy=True)
+        return linear_logp(h_TD, head_VD, batch.targets, vocab_size)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """What the vocabulary head takes: [T, D] in ``dtype``, after the final norm over mup."""
+        text = self.config.text
+        x_TD = self._embed(batch)
+        normed_TD = rms_norm(x_TD, self._layer(0, "input_layernorm.weight"), text.rms_eps)
+        for layer in range(text.num_layers):
+            branch_TD = self._attention(layer, normed_TD, batch)
+            normed, x_TD = sconv_norm_packed(
+                branch_TD,
+                x_TD,
+                self._taps(layer, "attn_sconv"),
+                self._layer(layer, "post_attention_layernorm.weight"),
+                text.rms_eps,
+                batch.cu_tokens,
+            )
+            assert normed is not None  # a norm weight was given
+            is_dense = text.layer_is_dense[layer]
+            branch_TD = self._dense(layer, normed) if is_dense else self._sparse(layer, normed)
+            is_last = layer + 1 == text.num_layers
+            normed, x_TD = sconv_norm_packed(
+                branch_TD,
+                x_TD,
+                self._taps(layer, "mlp_sconv"),
+                None if is_last else self._layer(layer + 1, "input_layernorm.weight"),
+                text.rms_eps,
+                batch.cu_tokens,
+            )
+            normed_TD = x_TD if normed is None else normed
+        norm_D = self._get("model.language_model.norm.weight")
+        return rms_norm(x_TD, norm_D, text.rms_eps, divisor=text.mup)
+
+    def _embed(self, batch: PackedBatch) -> Tensor:
+        config = self.config
+        table = "model.language_model.embed_tokens."
+        text_ND = embed(
+            batch.token_ids,
+            self._get(table + "weight"),
+            self._get(table + "embed_norm.weight"),
+            config.text.rms_eps,
+        )
+        parts = [text_ND]
+        if config.audio is not None and len(batch.bins):
+            audio = "model.audio_tower."
+            parts.append(
+                dmel_embed(
+                    batch.bins,
+                    self._get(audio + "embed_audio_tokens.embed_audio_tokens.weight"),
+                    config.audio.num_levels,
+                    self._get(audio + "norm.weight"),
+                    ENCODER_NORM_EPS,
+                )
+            )
+        if config.vision is not None and len(batch.patches):
+            parts.append(hmlp(batch.patches, self._hmlp_weights()))
+        return text_ND if len(parts) == 1 else torch.cat(parts).index_select(0, batch.order)
+
+    def _hmlp_weights(self) -> HmlpWeights:
+        assert self.config.vision is not None  # the caller looked
+        layers = self.config.vision.layers(self.config.text.hidden_size)
+        vision = "model.vision_tower."
+        names = [f"{vision}encoder_layers.{index}." for index in range(len(layers))]
+        return HmlpWeights(
+            folds=tuple((layer.t_fold, layer.hw_fold) for layer in layers),
+            projections=tuple(self._get(name + "projection.weight") for name in names),
+            norms=tuple(
+                self._get(name + "layer_norm.weight")
+                for name, layer in zip(names, layers, strict=True)
+                if layer.has_norm
+            ),
+            final_norm=self._get(vision + "final_norm.weight"),
+            eps=ENCODER_NORM_EPS,
+        )
+
+    def _attention(self, layer: int, x_TD: Tensor, batch: PackedBatch) -> Tensor:
+        text, is_sliding = self.config.text, self.config.text.layer_is_sliding[layer]
+        parts = [self._layer(layer, f"self_attn.{part}_proj.weight") for part in "qkvr"]
+        q, k, v, r = attn_prologue_packed(
+            linear(x_TD, torch.cat(parts)),
+            text.heads(layer),
+            k_conv_C4=self._taps(layer, "self_attn.k_sconv"),
+            v_conv_C4=self._taps(layer, "self_attn.v_sconv"),
+            q_norm_D=self._layer(layer, "self_attn.q_norm.weight"),
+            k_norm_D=self._layer(layer, "self_attn.k_norm.weight"),
+            eps=text.rms_eps,
+            log_floor=0.0 if is_sliding else float(text.log_scaling_floor or 0),
+            log_alpha=text.log_scaling_alpha,
+            cu_tokens=batch.cu_tokens,
+        )
+        attended, _ = session_attn_train(
+            q,
+            k,
+            v,
+            r,
+            self._layer(layer, "self_attn.rel_logits_proj.proj"),
+            cu_tokens=batch.cu_tokens,
+            visible_end_T=batch.visible_end,
+            window=text.window if is_sliding else 0,
+        )
+        return linear(attended, self._layer(layer, "self_attn.o_proj.weight"))
+
+    def _dense(self, layer: int, x_TD: Tensor) -> Tensor:
+        """One expert for every token, weighed by the layer's scale."""
+        gate_JD, up_JD, down_DI = (
+            self._layer(layer, f"mlp.{part}_proj.weight") for part in ("gate", "up", "down")
+        )
+        scale = self._layer(layer, "mlp.global_scale").float()
+        ids_T1 = torch.zeros(len(x_TD), 1, dtype=torch.int32, device=x_TD.device)
+        gammas_T0 = torch.empty(len(x_TD), 0, device=x_TD.device)
+        gate_up_1JD = torch.cat([gate_JD, up_JD])[None]
+        return moe(x_TD, ids_T1, _repeat(scale, len(x_TD)), gammas_T0, gate_up_1JD, down_DI[None])
+
+    def _sparse(self, layer: int, x_TD: Tensor) -> Tensor:
+        text = self.config.text
+        scale = self._layer(layer, "mlp.gate.global_scale")
+        routing = router(
+            x_TD,
+            self._layer(layer, "mlp.gate.weight").float(),
+            self._layer(layer, "mlp.gate.e_score_correction_bias"),
+            top_k=text.top_k,
+            scale=text.route_scale * float(scale.detach()),
+        )
+        # The router takes its scale as a number; this factor is one, and carries the gradient.
+        at_T1 = scale.detach()
+        one_T1 = (scale - at_T1) / torch.where(at_T1 == 0, 1.0, at_T1) + 1.0
+        one_T1 = _repeat(one_T1, len(x_TD))
+        gate, up, down = (
+            self._layer(layer, f"mlp.shared_experts.{part}_proj") for part in ("gate", "up", "down")
+        )
+        return moe(
+            x_TD,
+            routing.expert_ids,
+            routing.weights * one_T1,
+            routing.gammas * one_T1,
+            torch.cat(
+                [self._layer(layer, "mlp.experts.gate_up_proj"), torch.cat([gate, up], dim=1)]
+            ),
+            torch.cat([self._layer(layer, "mlp.experts.down_proj"), down]),
+        )
+
+    def _layer(self, layer: int, name: str) -> Tensor:
+        return self._get(f"model.language_model.layers.{layer}.{name}")
+
+    def _taps(self, layer: int, name: str) -> Tensor:
+        """[C, 4] of a short convolution, oldest tap first."""
+        return self._layer(layer, f"{name}.conv1d.weight").squeeze(1)
+
+    def _get(self, name: str) -> Tensor:
+        """The weight ``name`` as the forward uses it."""
+        node: nn.Module = self
+        *path, leaf = name.split(".")
+        for part in path:
+            node = getattr(node, part)
+        value: Tensor = getattr(node, leaf)
+        return value if is_kept_fp32(name) else value.to(self.dtype)
+
+
+def _register(root: nn.Module, name: str, value: Tensor) -> None:
+    """Put ``value`` where the dots of ``name`` say."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    if name.endswith(_BIAS):
+        root.register_buffer(leaf, value)
+    else:
+        root.register_parameter(leaf, nn.Parameter(value))
+
+
+def _repeat(scale_1: Tensor, count: int) -> Tensor:
+    """[count, 1] of one number. A product, so that its gradient is summed in a fixed order."""
+    ones_T1 = torch.ones(count, 1, dtype=scale_1.dtype, device=scale_1.device)
+    return linear(ones_T1, scale_1[:, None])
