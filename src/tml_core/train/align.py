@@ -4,6 +4,7 @@
 transcripts, the log-probability of every token that was drawn.
 """
 
+import math
 import random
 import shutil
 import tempfile
@@ -29,7 +30,8 @@ Progress = Callable[[str, int, int], None]
 """Told (stage, done, total) as the work goes on."""
 
 _PACKED_POSITIONS: Final = 4096
-_TRAIN_POSITIONS: Final = 1024
+_KEPT_POSITIONS: Final = 16_384  # of transcripts to train on
+_TRAIN_TRANSCRIPTS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,9 @@ def align(
         raise Unsupported("align: expected a model of micro-turns, got a plain chat checkpoint")
     trainable = TrainableModel(config, load_weights(directory, config, torch.float32), dtype)
     reports = []
-    first, sampled = _compare(directory, trainable, 0, num_tokens, seed, progress)
+    first, transcripts = _compare(directory, trainable, 0, num_tokens, seed, progress)
     reports.append(first)
     if num_steps:
-        transcripts = [one.transcript for one in sampled]
         _train(trainable, transcripts, num_steps, seed, progress)
         with tempfile.TemporaryDirectory() as folder:
             save_weights(folder, trainable.serving_weights(), config)
@@ -105,51 +106,75 @@ def _compare(
     num_tokens: int,
     seed: int,
     progress: Progress,
-) -> tuple[AlignReport, list[SampledTranscript]]:
+) -> tuple[AlignReport, list[Transcript]]:
+    """The report, and some of the transcripts."""
     suffix = f" after {num_steps} steps" if num_steps else ""
-    sampler = RandomLives(directory, trainable.config, trainable.dtype, seed)
+    lives = RandomLives(directory, trainable.config, trainable.dtype, seed)
+    tally = _Tally(trainable)
+    kept: list[Transcript] = []
+    num_kept = 0
+
+    def drawn(done: int) -> None:
+        progress(f"sample{suffix}", min(done, num_tokens), num_tokens)
+
     start_s = time.perf_counter()
-    sampled = sampler.run(
-        num_tokens, lambda done: progress(f"sample{suffix}", min(done, num_tokens), num_tokens)
-    )
-    sampled_s = time.perf_counter()
-    expected_N = torch.cat([one.logprobs_N for one in sampled])
-    parts = []
-    done = 0
-    for group in _groups([one.transcript for one in sampled], _PACKED_POSITIONS):
-        batch = PackedBatch.pack(group, trainable.config)
-        # With gradients on, as in training: the forward then keeps what the backward needs.
-        parts.append(trainable(batch).detach()[batch.targets != IGNORED_TARGET])
-        done += len(parts[-1])
-        progress(f"recompute{suffix}", done, len(expected_N))
-    got_N = torch.cat(parts)
-    end_s = time.perf_counter()
-    is_other = got_N.view(torch.int32) != expected_N.view(torch.int32)
+    for one in lives.run(num_tokens, drawn):
+        tally.add(one)
+        progress(f"recompute{suffix}", min(tally.num_tokens, num_tokens), num_tokens)
+        if num_kept < _KEPT_POSITIONS:
+            kept.append(one.transcript)
+            num_kept += one.transcript.num_tokens
+    tally.finish()
+    progress(f"recompute{suffix}", num_tokens, num_tokens)
     report = AlignReport(
         dtype=str(trainable.dtype).removeprefix("torch."),
         num_steps=num_steps,
-        num_transcripts=len(sampled),
-        num_positions=sum(one.transcript.num_tokens for one in sampled),
-        num_tokens=len(expected_N),
-        num_differing=int(is_other.sum()),
-        largest_difference=float((got_N - expected_N).abs().max()),
-        sample_s=sampled_s - start_s,
-        recompute_s=end_s - sampled_s,
+        num_transcripts=tally.num_transcripts,
+        num_positions=tally.num_positions,
+        num_tokens=tally.num_tokens,
+        num_differing=tally.num_differing,
+        largest_difference=tally.largest_difference,
+        sample_s=time.perf_counter() - start_s - tally.elapsed_s,
+        recompute_s=tally.elapsed_s,
     )
-    return report, sampled
+    return report, kept
 
 
-def _groups(transcripts: Sequence[Transcript], num_positions: int) -> list[list[Transcript]]:
-    """Runs of transcripts of at most ``num_positions``, a longer one alone."""
-    groups: list[list[Transcript]] = []
-    room = 0
-    for one in transcripts:
-        if one.num_tokens > room or not groups:
-            groups.append([])
-            room = num_positions
-        groups[-1].append(one)
-        room -= one.num_tokens
-    return groups
+class _Tally:
+    """Recomputes transcripts as soon as a batch is full, and counts; none is kept."""
+
+    def __init__(self, trainable: TrainableModel) -> None:
+        self._trainable = trainable
+        self._waiting: list[SampledTranscript] = []
+        self._num_waiting = 0
+        self.num_transcripts = self.num_positions = self.num_tokens = self.num_differing = 0
+        self.largest_difference = self.elapsed_s = 0.0
+
+    def add(self, one: SampledTranscript) -> None:
+        if self._num_waiting + one.transcript.num_tokens > _PACKED_POSITIONS:
+            self.finish()
+        self._waiting.append(one)
+        self._num_waiting += one.transcript.num_tokens
+
+    def finish(self) -> None:
+        if not self._waiting:
+            return
+        start_s = time.perf_counter()
+        batch = PackedBatch.pack([one.transcript for one in self._waiting], self._trainable.config)
+        # With gradients on, as in training: the forward then keeps what the backward needs.
+        got_N = self._trainable(batch).detach()[batch.targets != IGNORED_TARGET]
+        self.elapsed_s += time.perf_counter() - start_s
+        expected_N = torch.cat([one.logprobs_N for one in self._waiting])
+        is_other = got_N.view(torch.int32) != expected_N.view(torch.int32)
+        self.num_differing += int(is_other.sum())
+        difference = float((got_N - expected_N)[is_other].abs().max()) if is_other.any() else 0.0
+        # A difference that is not a number is larger than any.
+        worst = math.inf if math.isnan(difference) else difference
+        self.largest_difference = max(self.largest_difference, worst)
+        self.num_transcripts += len(self._waiting)
+        self.num_positions += batch.num_tokens
+        self.num_tokens += len(expected_N)
+        self._waiting, self._num_waiting = [], 0
 
 
 def _train(
@@ -163,8 +188,8 @@ def _train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     rng = random.Random(seed)
     for step in range(num_steps):
-        shuffled = rng.sample(list(transcripts), len(transcripts))
-        batch = PackedBatch.pack(_groups(shuffled, _TRAIN_POSITIONS)[0], model.config)
+        chosen = rng.sample(transcripts, min(_TRAIN_TRANSCRIPTS, len(transcripts)))
+        batch = PackedBatch.pack(chosen, model.config)
         loss = -model(batch).sum() / max(1, batch.num_targets)
         optimizer.zero_grad()
         loss.backward()

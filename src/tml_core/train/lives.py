@@ -9,7 +9,7 @@ Legend: B rows of a draw, D hidden size, N drawn tokens.
 import random
 import string
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -129,10 +129,11 @@ class RandomLives:
         self._noise = np.random.default_rng(seed)
         self._num_seeds = 0
 
-    def run(self, num_tokens: int, progress: Callable[[int], None]) -> list[SampledTranscript]:
-        """Sessions with at least ``num_tokens`` drawn tokens in all; ``progress`` is told how
-        many there are so far (a rewind takes some back)."""
-        ended: list[_Life] = []
+    def run(self, num_tokens: int, progress: Callable[[int], None]) -> Iterator[SampledTranscript]:
+        """Sessions with at least ``num_tokens`` drawn tokens in all, each as it ends.
+
+        ``progress`` is told how many were drawn so far (a rewind takes some back).
+        """
         lives: list[_Life] = []
         num_ended = 0
         with Engine(self._model, max_sessions=_NUM_SLOTS) as engine:
@@ -140,15 +141,17 @@ class RandomLives:
                 while len(lives) < _NUM_LIVE:
                     lives.append(self._open(engine))
                 self._tick(lives)
+                progress(num_ended + sum(one.num_drawn for one in lives))
                 for life in list(lives):
                     if life.session.info().position >= life.last_position:
                         life.session.close()
                         lives.remove(life)
-                        ended.append(life)
                         num_ended += life.num_drawn
+                        yield self._transcript(life)
                 self._move(lives)
-                progress(num_ended + sum(one.num_drawn for one in lives))
-        return [self._transcript(one) for one in ended + lives if one.num_drawn]
+        for life in lives:
+            if life.num_drawn:
+                yield self._transcript(life)
 
     def _open(self, engine: Engine) -> _Life:
         rng = self._rng
