@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_checkpoints import AUDIO_TOKEN_ID, IMAGE_TOKEN_ID, SHAPES, make_hf_model, save_hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_checkpoints import AUDIO_TOKEN_ID, IMAGE_TOKEN_ID, SHAPES, make_hf_model, save_hf
 from tml_core import _ext, errors
 from tml_core.media.segments import Audio, Block, Image, Tokens
 from tml_core.model.backbone import Backbone
@@ -121,11 +121,15 @@ def test_logits_agree_with_transformers(dtype: torch.dtype, tmp_path: Path) -> N
         else:
             ids += [IMAGE_TOKEN_ID] * segment.patches.shape[0]
     with torch.no_grad():
-        expected = hf(
-            input_ids=torch.tensor([ids]),
-            audio_input_ids=segments[1].bins[None],
-            pixel_values=segments[3].patches.to(dtype),
-        ).logits[0].float()
+        expected = (
+            hf(
+                input_ids=torch.tensor([ids]),
+                audio_input_ids=segments[1].bins[None],
+                pixel_values=segments[3].patches.to(dtype),
+            )
+            .logits[0]
+            .float()
+        )
     logits = run(backbone, store(config, dtype), 0, backbone.embed(segments).x_TD, [], [])
     scale = float(expected.abs().max())
     if dtype == torch.float32:

@@ -53,7 +53,9 @@ def test_linear_refusals() -> None:
     packed = pack_weight(draw(8, 64, dtype=torch.float32))
     with pytest.raises(errors.InvalidArgument, match=r"linear: x must be \[T, 64\], got \[3, 63\]"):
         linear(torch.zeros(3, 63), packed)
-    with pytest.raises(errors.InvalidArgument, match="linear: weight must be bfloat16, got float32"):
+    with pytest.raises(
+        errors.InvalidArgument, match="linear: weight must be bfloat16, got"
+    ):
         linear(torch.zeros(3, 64, dtype=torch.bfloat16), packed)
     with pytest.raises(errors.InvalidArgument, match="linear: x must be float32 or bfloat16"):
         linear(torch.zeros(3, 64, dtype=torch.int32), packed)
@@ -63,5 +65,5 @@ def test_linear_refusals() -> None:
         linear(torch.zeros(3, 64, requires_grad=True), packed)
     with pytest.raises(errors.InvalidArgument, match="pack_weight: w must be float32 or bfloat16"):
         pack_weight(torch.zeros(3, 64, dtype=torch.int64))
-    with pytest.raises(errors.InvalidType, match="linear: x must be a torch.Tensor, got list"):
+    with pytest.raises(errors.InvalidType, match=r"linear: x must be a torch\.Tensor, got list"):
         _ext.linear([1], packed.data, torch.zeros(1, 8), 1)

@@ -40,7 +40,8 @@ class PyDecoderStep {
       if (other.is_sliding != is_sliding) continue;
       ++pool_layer;
       if (other.num_kv_heads != num_kv_heads || other.head_dim != head_dim)
-        throw ArgumentError("decoder_step: layers of one kind must share num_kv_heads and head_dim");
+        throw ArgumentError(
+            "decoder_step: layers of one kind must share num_kv_heads and head_dim");
     }
     const auto plain = [&](const char* name, std::initializer_list<std::int64_t> dims) {
       return take(weights, name).dtype(shape.dtype).shape(dims).contiguous().data<const void>();
@@ -78,8 +79,7 @@ class PyDecoderStep {
     layer.k_norm = plain("k_norm", {head_dim});
     const Tensor bank = take(weights, "rel_bank");
     bank.dtype(shape.dtype).contiguous();
-    const std::int64_t bank_size = num_k_steps(shape.dtype, shape.d_rel) *
-                                   (rel_len + 2 * kRelPad) *
+    const std::int64_t bank_size = num_k_steps(shape.dtype, shape.d_rel) * (rel_len + 2 * kRelPad) *
                                    (shape.dtype == DType::kBf16 ? 2 : 1);
     if (bank.numel() != bank_size)
       bank.refuse("packed to " + std::to_string(bank_size) + " elements",

@@ -42,8 +42,8 @@ void linear(nb::handle x_h, nb::handle weight_h, nb::handle y_h, int num_threads
     y.refuse("at most " + std::to_string(weight.size(0) * contract::kPanel) +
                  " wide (the packed outputs)",
              std::to_string(y.size(1)));
-  const LinearParams params{x.data(),  weight.data(), y.data(),  x.stride(0), y.stride(0), x.size(0),
-                            x.size(1), y.size(1),     x.type(),  y.type(),    num_threads};
+  const LinearParams params{x.data(),  weight.data(), y.data(), x.stride(0), y.stride(0), x.size(0),
+                            x.size(1), y.size(1),     x.type(), y.type(),    num_threads};
   nb::gil_scoped_release release;
   cpu::linear(params);
 }

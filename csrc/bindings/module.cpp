@@ -48,8 +48,9 @@ NB_MODULE(_ext, m) {
   m.attr("WITH_CUDA") = false;
 #endif
 
-  m.def("isa", [] { return tml::isa_name(tml::active_isa()); },
-        "Instruction set of the CPU kernels: scalar, avx2, avx512 or avx512bf16.");
+  m.def(
+      "isa", [] { return tml::isa_name(tml::active_isa()); },
+      "Instruction set of the CPU kernels: scalar, avx2, avx512 or avx512bf16.");
   m.def("set_isa", &tml::set_isa, nb::arg("name"));
   m.def("supported_isas", []() -> nb::typed<nb::list, nb::str> {
     nb::list names;

@@ -57,8 +57,7 @@ Tensor::Tensor(nb::handle object, const char* op, const char* name) : op_(op), n
   const DLPackExchangeAPI* api = exchange_of(type);
   if (api == nullptr) {
     const nb::object type_name = nb::steal(PyType_GetName(type));
-    throw ArgumentTypeError(where + " must be a torch.Tensor, got " +
-                            nb::str(type_name).c_str());
+    throw ArgumentTypeError(where + " must be a torch.Tensor, got " + nb::str(type_name).c_str());
   }
   if (api->dltensor_from_py_object_no_sync(object.ptr(), &view_) != 0) {
     PyErr_Clear();

@@ -32,7 +32,7 @@ class Tensor {
 
   // Checks; each returns *this so that they chain.
   const Tensor& dtype(DType expected) const;
-  const Tensor& floating() const;                                  // float32 or bfloat16
+  const Tensor& floating() const;                                       // float32 or bfloat16
   const Tensor& shape(std::initializer_list<std::int64_t> dims) const;  // kAny matches all
   const Tensor& rank(int expected) const;
   const Tensor& contiguous() const;

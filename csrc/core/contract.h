@@ -1,4 +1,5 @@
-// Contract v1: the constants that decide the bits of the forward path. Changing one is a new version.
+// Contract v1: the constants that decide the bits of the forward path. Changing one is a new
+// version.
 #pragma once
 
 namespace tml::contract {
@@ -16,7 +17,8 @@ inline constexpr int kVocabBlock = 128;
 inline constexpr int kPanel = 32;
 // Virtual lanes of a row reduction: lane j sums elements j, j + 16, ...; then a fixed halving tree.
 inline constexpr int kLanes = 16;
-// Tokens of one block of a parameter gradient: summed from 0 in ascending order; blocks left-folded.
+// Tokens of one block of a parameter gradient: summed from 0 in ascending order; blocks
+// left-folded.
 inline constexpr int kGradBlock = 512;
 
 }  // namespace tml::contract

@@ -45,9 +45,7 @@ void* huge_alloc(std::size_t num_bytes) {
   return data;
 }
 
-void huge_free(void* data, std::size_t num_bytes) noexcept {
-  munmap(data, mapped_size(num_bytes));
-}
+void huge_free(void* data, std::size_t num_bytes) noexcept { munmap(data, mapped_size(num_bytes)); }
 
 void* scratch(Scratch slot, std::size_t num_bytes) {
   Slab& slab = t_slabs[static_cast<int>(slot)];

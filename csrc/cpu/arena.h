@@ -8,8 +8,8 @@
 
 namespace tml::cpu::TML_ISA_NS {
 
-// Several arrays out of one scratch slot: take() each, then commit() sets the pointers. Arrays start
-// on 64-byte boundaries.
+// Several arrays out of one scratch slot: take() each, then commit() sets the pointers. Arrays
+// start on 64-byte boundaries.
 class Arena {
  public:
   explicit Arena(Scratch slot) : slot_(slot) {}

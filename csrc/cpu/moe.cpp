@@ -28,7 +28,7 @@ struct Group {
 
 struct Plan {
   std::int32_t* token_of_slot;
-  std::int32_t* slot_of;  // [num_tokens][top_k + num_shared]
+  std::int32_t* slot_of;       // [num_tokens][top_k + num_shared]
   std::int32_t* pair_of_slot;  // the inverse
   Group* groups;
   std::int64_t num_groups = 0;
@@ -132,48 +132,49 @@ void moe_chunk(const MoeParams& p, std::int64_t first, std::int64_t count) {
 #pragma omp barrier
       }
     };
-    for_own_panels(plan, panels13, thread, num_threads,
-                   [&](const Group& group, std::int64_t begin, std::int64_t end) {
-      const auto* rows = pack_tiles<T>(group.num_rows, p.hidden, [&](std::int64_t m) {
-        return x + plan.token_of_slot[group.slot + m] * p.x_row_stride;
-      });
-      const bool shared = group.weight >= p.num_experts;
-      Vec gate = zero();
-      multiply_tiles<kBf16>(
-          w13 + group.weight * panels13 * steps13 * kPanel, steps13, begin, end, rows,
-          group.num_rows, [&](std::int64_t m, std::int64_t panel, int vec, Vec acc) {
-            if (vec == 0) {
-              gate = acc;
-              return;
-            }
-            if (saved != nullptr) {
-              const std::int64_t pair = plan.pair_of_slot[group.slot + m];
-              T* row = saved + pair * 2 * p.width + panel * 16;
-              store_rest(row, gate, p.width - panel * 16);
-              store_rest(row + p.width, acc, p.width - panel * 16);
-            }
-            Vec value = mul(silu(gate), acc);
-            if (shared) {
-              const std::int64_t token = plan.token_of_slot[group.slot + m];
-              value = mul(value,
-                          set1(gammas[token * p.num_shared + group.weight - p.num_experts]));
-            }
-            store_rounded(h + (group.slot + m) * h_stride + panel * 16, value);
+    for_own_panels(
+        plan, panels13, thread, num_threads,
+        [&](const Group& group, std::int64_t begin, std::int64_t end) {
+          const auto* rows = pack_tiles<T>(group.num_rows, p.hidden, [&](std::int64_t m) {
+            return x + plan.token_of_slot[group.slot + m] * p.x_row_stride;
           });
-    });
+          const bool shared = group.weight >= p.num_experts;
+          Vec gate = zero();
+          multiply_tiles<kBf16>(
+              w13 + group.weight * panels13 * steps13 * kPanel, steps13, begin, end, rows,
+              group.num_rows, [&](std::int64_t m, std::int64_t panel, int vec, Vec acc) {
+                if (vec == 0) {
+                  gate = acc;
+                  return;
+                }
+                if (saved != nullptr) {
+                  const std::int64_t pair = plan.pair_of_slot[group.slot + m];
+                  T* row = saved + pair * 2 * p.width + panel * 16;
+                  store_rest(row, gate, p.width - panel * 16);
+                  store_rest(row + p.width, acc, p.width - panel * 16);
+                }
+                Vec value = mul(silu(gate), acc);
+                if (shared) {
+                  const std::int64_t token = plan.token_of_slot[group.slot + m];
+                  value =
+                      mul(value, set1(gammas[token * p.num_shared + group.weight - p.num_experts]));
+                }
+                store_rounded(h + (group.slot + m) * h_stride + panel * 16, value);
+              });
+        });
     barrier();
     for_own_panels(plan, panels2, thread, num_threads,
                    [&](const Group& group, std::int64_t begin, std::int64_t end) {
-      const auto* rows = pack_tiles<T>(group.num_rows, p.width, [&](std::int64_t m) {
-        return h + (group.slot + m) * h_stride;
-      });
-      multiply_tiles<kBf16>(w2 + group.weight * panels2 * steps2 * kPanel, steps2, begin, end,
-                            rows, group.num_rows,
-                            [&](std::int64_t m, std::int64_t panel, int vec, Vec acc) {
-                              store(out + (group.slot + m) * out_stride + panel * kPanel + vec * 16,
-                                    acc);
-                            });
-    });
+                     const auto* rows = pack_tiles<T>(group.num_rows, p.width, [&](std::int64_t m) {
+                       return h + (group.slot + m) * h_stride;
+                     });
+                     multiply_tiles<kBf16>(
+                         w2 + group.weight * panels2 * steps2 * kPanel, steps2, begin, end, rows,
+                         group.num_rows, [&](std::int64_t m, std::int64_t panel, int vec, Vec acc) {
+                           store(out + (group.slot + m) * out_stride + panel * kPanel + vec * 16,
+                                 acc);
+                         });
+                   });
     barrier();
     const std::int64_t vecs = ceil_div(p.hidden, 16);
     const Range own = split(count * vecs, thread, num_threads);

@@ -34,9 +34,13 @@ struct Steps<false> {
   struct Input {
     Vec x;
   };
-  static TML_INLINE Weights weights(const KStep* p) { return {load(reinterpret_cast<const float*>(p))}; }
+  static TML_INLINE Weights weights(const KStep* p) {
+    return {load(reinterpret_cast<const float*>(p))};
+  }
   static TML_INLINE Input input(KStep step) { return {set1(float_of(step))}; }
-  static TML_INLINE Vec dot(Vec acc, const Weights& w, const Input& x) { return fma(w.w, x.x, acc); }
+  static TML_INLINE Vec dot(Vec acc, const Weights& w, const Input& x) {
+    return fma(w.w, x.x, acc);
+  }
 };
 
 #if TML_ISA_LEVEL >= 3
@@ -48,9 +52,7 @@ struct Steps<true> {
   struct Input {
     __m512bh x;
   };
-  static TML_INLINE Weights weights(const KStep* p) {
-    return {(__m512bh)_mm512_loadu_si512(p)};
-  }
+  static TML_INLINE Weights weights(const KStep* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
   static TML_INLINE Input input(KStep step) {
     return {(__m512bh)_mm512_set1_epi32(static_cast<int>(step))};
   }
@@ -71,15 +73,15 @@ struct Steps<true> {
 #if TML_ISA_LEVEL == 2
     const __m512i raw = _mm512_loadu_si512(p);
     return {{_mm512_castsi512_ps(_mm512_slli_epi32(raw, 16))},
-            {_mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-65536)))}};
+            { _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(-65536))) }};
 #elif TML_ISA_LEVEL == 1
     const __m256i lo = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     const __m256i hi = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8));
     const __m256i mask = _mm256_set1_epi32(-65536);
     return {{_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
              _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))},
-            {_mm256_castsi256_ps(_mm256_and_si256(lo, mask)),
-             _mm256_castsi256_ps(_mm256_and_si256(hi, mask))}};
+            { _mm256_castsi256_ps(_mm256_and_si256(lo, mask)),
+              _mm256_castsi256_ps(_mm256_and_si256(hi, mask)) }};
 #else
     Weights out;
     for (int i = 0; i < 16; ++i) {
@@ -106,8 +108,8 @@ TML_INLINE void prefetch_l2(const void* p) {
 // the memory the thread reads next: `kAhead` lines of it are requested per k-step.
 template <bool kBf16, int kRows, int kVecs, int kAhead>
 TML_INLINE void panel_tile(const KStep* const (&w)[kVecs], std::ptrdiff_t w_stride, const KStep* x,
-                           std::ptrdiff_t x_stride, std::int64_t num_steps, Vec (&acc)[kRows][kVecs],
-                           const KStep* ahead = nullptr) {
+                           std::ptrdiff_t x_stride, std::int64_t num_steps,
+                           Vec (&acc)[kRows][kVecs], const KStep* ahead = nullptr) {
   using S = Steps<kBf16>;
   for (std::int64_t k = 0; k < num_steps; ++k) {
     typename S::Weights weights[kVecs];

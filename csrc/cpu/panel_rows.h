@@ -85,17 +85,17 @@ void multiply_panels(const KStep* weight, std::int64_t panel_steps, std::int64_t
                      std::int64_t end, const KStep* x, int num_rows, std::int64_t num_steps,
                      const KStep* ahead, const Emit& emit) {
   switch (num_rows) {
-#define TML_ROWS(rows)                                                                      \
-  case rows:                                                                                \
-    if constexpr (rows <= kTileRows)                                                        \
+#define TML_ROWS(rows)                                                                         \
+  case rows:                                                                                   \
+    if constexpr (rows <= kTileRows)                                                           \
       multiply_panels_fixed<kBf16, rows>(weight, panel_steps, begin, end, x, num_steps, ahead, \
-                                         emit);                                             \
+                                         emit);                                                \
     break;
-    TML_ROWS(1) TML_ROWS(2) TML_ROWS(3) TML_ROWS(4) TML_ROWS(5) TML_ROWS(6)
-    TML_ROWS(7) TML_ROWS(8) TML_ROWS(9) TML_ROWS(10) TML_ROWS(11) TML_ROWS(12)
+    TML_ROWS(1)
+    TML_ROWS(2) TML_ROWS(3) TML_ROWS(4) TML_ROWS(5) TML_ROWS(6) TML_ROWS(7) TML_ROWS(8) TML_ROWS(9)
+        TML_ROWS(10) TML_ROWS(11) TML_ROWS(12)
 #undef TML_ROWS
-    default:
-      break;
+            default : break;
   }
 }
 
@@ -115,7 +115,7 @@ void multiply_tiles(const KStep* weight, std::int64_t num_steps, std::int64_t be
   // the first two tiles request one half each of the panel that follows.
   const bool overlap = tiles.count == 2 || tiles.count == 3;
   const std::int64_t reuse = tiles.count == 1 ? end - begin
-                             : overlap        ? 1
+                             : overlap ? 1
                                        : std::max<std::int64_t>(1, kReuseBytes / panel_bytes);
   for (std::int64_t chunk = begin; chunk < end; chunk += reuse) {
     const std::int64_t chunk_end = std::min(chunk + reuse, end);
@@ -123,12 +123,10 @@ void multiply_tiles(const KStep* weight, std::int64_t num_steps, std::int64_t be
     for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
       const std::int64_t first = tiles.begin(tile);
       const bool request = overlap && tile < 2 && chunk_end < end;
-      multiply_panels<kBf16>(weight, panel_steps, chunk, chunk_end, packed + first * num_steps,
-                             tiles.rows(tile), num_steps,
-                             request ? next + tile * (panel_steps / 2) : nullptr,
-                             [&](int m, std::int64_t panel, int vec, Vec acc) {
-                               emit(first + m, panel, vec, acc);
-                             });
+      multiply_panels<kBf16>(
+          weight, panel_steps, chunk, chunk_end, packed + first * num_steps, tiles.rows(tile),
+          num_steps, request ? next + tile * (panel_steps / 2) : nullptr,
+          [&](int m, std::int64_t panel, int vec, Vec acc) { emit(first + m, panel, vec, acc); });
     }
   }
 }
@@ -138,8 +136,8 @@ template <class T, class RowOf>
 const KStep* pack_tiles(std::int64_t num_rows, std::int64_t in_dim, const RowOf& row_of) {
   const std::int64_t num_steps = sizeof(T) == 2 ? (in_dim + 1) / 2 : in_dim;
   const TileSplit tiles(num_rows);
-  auto* packed = static_cast<KStep*>(scratch(
-      Scratch::kThread, static_cast<std::size_t>(num_rows * num_steps) * sizeof(KStep)));
+  auto* packed = static_cast<KStep*>(
+      scratch(Scratch::kThread, static_cast<std::size_t>(num_rows * num_steps) * sizeof(KStep)));
   for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
     const std::int64_t first = tiles.begin(tile);
     pack_rows<T>(packed + first * num_steps, tiles.rows(tile), in_dim,

@@ -38,7 +38,9 @@ TML_INLINE float float_of(std::uint32_t bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-TML_INLINE float bf16_to_f32(std::uint16_t x) { return float_of(static_cast<std::uint32_t>(x) << 16); }
+TML_INLINE float bf16_to_f32(std::uint16_t x) {
+  return float_of(static_cast<std::uint32_t>(x) << 16);
+}
 // Round to nearest even, denormals to signed zero, NaN kept quiet: VCVTNEPS2BF16.
 TML_INLINE std::uint16_t f32_to_bf16(float x) {
   const std::uint32_t bits = bits_of(x);
@@ -59,7 +61,9 @@ TML_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
 TML_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 TML_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 TML_INLINE __mmask16 lane_mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
-TML_INLINE Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(lane_mask(n), p)}; }
+TML_INLINE Vec load_first(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(lane_mask(n), p)};
+}
 TML_INLINE void store_first(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, lane_mask(n), a.v); }
 TML_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 TML_INLINE Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -173,8 +177,8 @@ TML_INLINE Vec keep_range(Vec a, int first, int last, Vec fill) {
           _mm256_blendv_ps(fill.hi, a.hi, _mm256_castsi256_ps(keep_hi))};
 }
 TML_INLINE __m256 exponent_scale_half(__m256 shifted) {
-  return _mm256_castsi256_ps(_mm256_add_epi32(
-      _mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000)));
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23),
+                                              _mm256_set1_epi32(0x3f800000)));
 }
 TML_INLINE Vec exponent_scale(Vec shifted) {
   return {exponent_scale_half(shifted.lo), exponent_scale_half(shifted.hi)};
@@ -209,8 +213,8 @@ TML_INLINE float hmax(Vec a) {
 struct Vec {
   float v[16];
 };
-#define TML_LANES(expression)                     \
-  Vec out;                                        \
+#define TML_LANES(expression)                           \
+  Vec out;                                              \
   for (int i = 0; i < 16; ++i) out.v[i] = (expression); \
   return out
 TML_INLINE Vec zero() { TML_LANES(0.0f); }

@@ -45,16 +45,14 @@ void DecoderStep::run(void* x, void* h, const StepBatch& batch, const DecoderSta
   const DType dtype = shape_.dtype;
   const auto rows = static_cast<std::size_t>(num_tokens);
   const std::size_t size = size_of(dtype);
-  const std::int64_t q_width = largest<std::int64_t>(layers_, [](const DecoderLayer& l) {
-    return std::int64_t{l.num_heads} * l.head_dim;
-  });
+  const std::int64_t q_width = largest<std::int64_t>(
+      layers_, [](const DecoderLayer& l) { return std::int64_t{l.num_heads} * l.head_dim; });
   const std::int64_t heads = largest<std::int64_t>(
       layers_, [](const DecoderLayer& l) { return std::int64_t{l.num_heads}; });
-  const std::int64_t kv_width = largest<std::int64_t>(layers_, [](const DecoderLayer& l) {
-    return std::int64_t{l.num_kv_heads} * l.head_dim;
-  });
-  const std::int64_t top_k = largest<std::int64_t>(
-      layers_, [](const DecoderLayer& l) { return std::int64_t{l.top_k}; });
+  const std::int64_t kv_width = largest<std::int64_t>(
+      layers_, [](const DecoderLayer& l) { return std::int64_t{l.num_kv_heads} * l.head_dim; });
+  const std::int64_t top_k =
+      largest<std::int64_t>(layers_, [](const DecoderLayer& l) { return std::int64_t{l.top_k}; });
   const std::int64_t shared = largest<std::int64_t>(
       layers_, [](const DecoderLayer& l) { return std::int64_t{l.num_shared}; });
 
@@ -90,8 +88,8 @@ void DecoderStep::run(void* x, void* h, const StepBatch& batch, const DecoderSta
   const auto add_branch = [&](const float* conv, std::int64_t channel, std::size_t index,
                               const void* norm_weight) {
     const ConvRows conv_rows{
-        at(state.conv_rows,
-           static_cast<std::int64_t>(index) * state.conv_layer_stride + channel, dtype),
+        at(state.conv_rows, static_cast<std::int64_t>(index) * state.conv_layer_stride + channel,
+           dtype),
         state.conv_slot_stride, state.conv_row_stride};
     cpu::sconv_norm({branch, x, conv, norm_weight, norm_weight != nullptr ? normed : nullptr, batch,
                      conv_rows, hidden, hidden, hidden, hidden, shape_.eps, dtype, num_threads});
@@ -106,16 +104,16 @@ void DecoderStep::run(void* x, void* h, const StepBatch& batch, const DecoderSta
         layer_q + 2 * layer_kv + std::int64_t{layer.num_heads} * shape_.d_rel;
     const int kind = layer.is_sliding ? 1 : 0;
     const std::int64_t head_stride = std::int64_t{2} * 128 * layer.head_dim;
-    const KvPages pages{at(state.pages[kind],
-                           layer.pool_layer * layer.num_kv_heads * head_stride, dtype),
-                        state.page_stride[kind],
-                        head_stride,
-                        state.table[kind],
-                        state.table_row_stride[kind],
-                        layer.num_kv_heads,
-                        layer.head_dim};
-    void* conv = at(state.conv_rows,
-                    static_cast<std::int64_t>(index) * state.conv_layer_stride, dtype);
+    const KvPages pages{
+        at(state.pages[kind], layer.pool_layer * layer.num_kv_heads * head_stride, dtype),
+        state.page_stride[kind],
+        head_stride,
+        state.table[kind],
+        state.table_row_stride[kind],
+        layer.num_kv_heads,
+        layer.head_dim};
+    void* conv =
+        at(state.conv_rows, static_cast<std::int64_t>(index) * state.conv_layer_stride, dtype);
     const ConvRows k_rows{conv, state.conv_slot_stride, state.conv_row_stride};
     const ConvRows v_rows{at(conv, state.kv_width, dtype), state.conv_slot_stride,
                           state.conv_row_stride};

@@ -86,7 +86,7 @@ class Decoder:
             return take(name).squeeze(1).float().contiguous()
 
         parts = [take(f"self_attn.{part}_proj.weight") for part in "qkvr"]
-        packed: dict[str, Tensor] = {
+        packed: dict[str, object] = {
             "attn_norm": take("input_layernorm.weight"),
             "qkvr": pack_weight(torch.cat(parts)).data,
             "o": pack_weight(take("self_attn.o_proj.weight")).data,
@@ -123,7 +123,7 @@ class Decoder:
         scale = float(take("mlp.global_scale"))
         return experts, {"num_experts": 1, "top_k": 1, "scale": scale}
 
-    def _sparse(self, take: Any, packed: dict[str, Tensor]) -> tuple[PackedExperts, dict[str, Any]]:
+    def _sparse(self, take: Any, packed: dict[str, object]) -> tuple[PackedExperts, dict[str, Any]]:
         config = self.config
         shared = torch.cat(
             [take("mlp.shared_experts.gate_proj"), take("mlp.shared_experts.up_proj")], dim=1
