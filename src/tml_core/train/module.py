@@ -53,6 +53,8 @@ class TrainableModel(nn.Module):
             raise InvalidArgument(f"dtype: expected float32 or bfloat16, got {dtype}")
         self.config = config
         self.dtype = dtype
+        vision = config.vision
+        self._vision_layers = () if vision is None else vision.layers(config.text.hidden_size)
         shapes = expected_shapes(config)
         for name in sorted(set(shapes) ^ set(weights)):
             what = "is missing" if name in shapes else "is not part of this model"
@@ -149,13 +151,12 @@ class TrainableModel(nn.Module):
                     ENCODER_NORM_EPS,
                 )
             )
-        if config.vision is not None and len(batch.patches):
+        if self._vision_layers and len(batch.patches):
             parts.append(hmlp(batch.patches, self._hmlp_weights()))
         return text_ND if len(parts) == 1 else torch.cat(parts).index_select(0, batch.order)
 
     def _hmlp_weights(self) -> HmlpWeights:
-        assert self.config.vision is not None  # the caller looked
-        layers = self.config.vision.layers(self.config.text.hidden_size)
+        layers = self._vision_layers
         vision = "model.vision_tower."
         names = [f"{vision}encoder_layers.{index}." for index in range(len(layers))]
         return HmlpWeights(
