@@ -1,7 +1,7 @@
 """The model a trainer differentiates; its forward has the bits of serving.
 
-Legend: T positions of all sequences, D hidden size, R rows of one projection's input, J rows of a
-gate-and-up matrix, I inner width, E experts, S shared experts, k chosen experts.
+Legend: T positions of all sequences, N text positions, D hidden size, J gate and up rows of an
+MLP, I its inner width, V vocabulary.
 """
 
 from collections.abc import Mapping
