@@ -256,11 +256,12 @@ def test_session_attn_bits_do_not_depend_on_cuts(dtype: torch.dtype, data: st.Da
 
 
 @BOTH
-def test_session_attn_token_by_token(dtype: torch.dtype) -> None:
-    heads = layer(4, 1, 32, dtype)
-    seq = tokens(heads, 290)
+@pytest.mark.parametrize(("group", "dim"), [(1, 128), (2, 48), (3, 96), (4, 64), (5, 16)])
+def test_session_attn_token_by_token(dtype: torch.dtype, group: int, dim: int) -> None:
+    heads = layer(group, 1, dim, dtype)
+    seq = tokens(heads, 140)
     whole, whole_lse = chunked(heads, seq, [])
-    out, lse = chunked(heads, seq, list(range(1, 290)))
+    out, lse = chunked(heads, seq, list(range(1, 140)))
     assert torch.equal(out, whole)
     assert torch.equal(lse, whole_lse)
 
@@ -296,7 +297,7 @@ def test_session_attn_bits_do_not_depend_on_batch_pages_or_threads(dtype: torch.
 
 @BOTH
 def test_session_attn_splits_one_long_head_over_threads(dtype: torch.dtype) -> None:
-    heads = layer(2, 1, 16, dtype)
+    heads = layer(8, 1, 128, dtype)  # enough work that every thread gets a part
     seq = tokens(heads, 9000)
     results = []
     for threads in (1, 2, 3, 5, 16):

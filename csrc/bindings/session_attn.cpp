@@ -41,8 +41,8 @@ void session_attn(nb::handle q_h, nb::handle r_h, nb::handle rel_bank_h, nb::han
   q.shape({kAny, kAny, dim}).contiguous();
   r.dtype(dtype).shape({num_tokens, heads, kAny}).contiguous();
   check_sizes(q, r, pages, params.kv);
-  if (rel_len < 1) throw ArgumentError("session_attn: rel_len must be >= 1, got " +
-                                       std::to_string(rel_len));
+  if (rel_len < 1)
+    throw ArgumentError("session_attn: rel_len must be >= 1, got " + std::to_string(rel_len));
   const std::int64_t steps = num_k_steps(dtype, r.size(2)), width = rel_len + 2 * kRelPad;
   rel_bank.dtype(dtype).contiguous().aligned(64);
   if (dtype == DType::kBf16)
@@ -58,8 +58,8 @@ void session_attn(nb::handle q_h, nb::handle r_h, nb::handle rel_bank_h, nb::han
   if (window < 0)
     throw ArgumentError("session_attn: window must be >= 0 (0: all keys), got " +
                         std::to_string(window));
-  params.batch = batch_arg(kOp, cu_tokens, slots, start_pos, visible_end, num_tokens,
-                           table.size(0));
+  params.batch =
+      batch_arg(kOp, cu_tokens, slots, start_pos, visible_end, num_tokens, table.size(0));
   if (params.batch.visible_end == nullptr)
     throw ArgumentError("session_attn: start_pos and visible_end must be tensors, got None");
   check_visible_pages(kOp, params.batch, params.kv, pages.size(0), window);

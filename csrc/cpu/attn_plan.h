@@ -18,8 +18,9 @@ struct AttnTile {
   std::int64_t token, num_tokens;  // in the step
   std::int64_t pos;                // of the first token
   std::int64_t unit_begin, unit_end;
-  const std::int32_t* table;    // unit -> page id, -1 = dropped
-  const std::int64_t* present;  // present[unit]: pages of the sequence present before it
+  std::int64_t all_from, all_to;  // keys that every token sees
+  const std::int32_t* table;      // unit -> page id, -1 = dropped
+  const std::int64_t* present;    // present[unit]: pages of the sequence present before it
 
   std::int64_t segment_begin() const { return unit_begin / kUnitsPerSegment; }
   std::int64_t segment_end() const { return (unit_end - 1) / kUnitsPerSegment + 1; }
@@ -33,7 +34,7 @@ struct AttnTile {
 // Cost of a page in rows, beside one for each row: its loads.
 inline constexpr std::int64_t kPageCost = 6;
 // Rows x pages x head_dim that are worth a thread of their own (about 10 us).
-inline constexpr std::int64_t kMinPartCost = 4096;
+inline constexpr std::int64_t kMinPartCost = 6144;
 
 struct AttnItem {
   std::int32_t tile, kv_head;
@@ -50,6 +51,10 @@ struct AttnCut {
 // In the launching thread's scratch, valid until its next plan.
 struct AttnPlan {
   AttnPlan(const SessionAttnParams& p, std::int64_t max_rows);
+
+  bool cuts_same_item(int a, int b) const {
+    return cuts[a].split >= 0 && cuts[b].split >= 0 && cuts[a].item == cuts[b].item;
+  }
 
   AttnTile* tiles;
   AttnItem* items;
@@ -75,7 +80,8 @@ inline AttnPlan::AttnPlan(const SessionAttnParams& p, std::int64_t max_rows) {
     const std::int64_t end = p.batch.start_pos[s] + count;
     num_tiles += ceil_div(count, tokens_per_tile);
     num_units += ceil_div(end, contract::kPageLen) + 1;
-    max_segments = std::max(max_segments, ceil_div(end, contract::kSegmentLen));
+    const std::int64_t span = p.window > 0 ? std::min(end, p.window + max_rows) : end;
+    max_segments = std::max(max_segments, ceil_div(span, contract::kSegmentLen) + 1);
   }
   const std::int64_t max_slots = (p.num_threads - 1) * (max_segments + 1);
   num_items = num_tiles * p.kv.num_kv_heads;
@@ -100,19 +106,27 @@ inline void AttnPlan::add_tiles(const SessionAttnParams& p, std::int64_t tokens_
     if (count == 0) continue;
     const std::int32_t* table = p.kv.table + p.batch.slots[s] * p.kv.table_row_stride;
     const std::int64_t start = p.batch.start_pos[s];
-    const auto first_unit = [&](std::int64_t pos) {
-      return p.window > 0 ? std::max<std::int64_t>(0, pos - p.window + 1) / contract::kPageLen : 0;
+    const auto first_key = [&](std::int64_t pos) {
+      return p.window > 0 ? std::max<std::int64_t>(0, pos - p.window + 1) : 0;
     };
-    const std::int64_t num_tiles_here = ceil_div(count, tokens_per_tile);
+    const std::int64_t num_tiles = ceil_div(count, tokens_per_tile);
     AttnTile* const first = tile;
-    for (std::int64_t t = 0; t < num_tiles_here; ++t, ++tile) {
-      const std::int64_t from = count * t / num_tiles_here;
-      const std::int64_t to = count * (t + 1) / num_tiles_here;
-      std::int64_t last_key = 0;
-      for (std::int64_t i = from; i < to; ++i)
-        last_key = std::max(last_key, p.batch.visible_end[begin + i]);
-      *tile = {begin + from,           to - from, start + from,
-               first_unit(start + from), last_key / contract::kPageLen + 1, table, nullptr};
+    for (std::int64_t t = 0; t < num_tiles; ++t, ++tile) {
+      const std::int64_t from = count * t / num_tiles, to = count * (t + 1) / num_tiles;
+      std::int64_t first_end = p.batch.visible_end[begin + from], last_end = first_end;
+      for (std::int64_t i = begin + from; i < begin + to; ++i) {
+        first_end = std::min(first_end, p.batch.visible_end[i]);
+        last_end = std::max(last_end, p.batch.visible_end[i]);
+      }
+      *tile = {begin + from,
+               to - from,
+               start + from,
+               first_key(start + from) / contract::kPageLen,
+               last_end / contract::kPageLen + 1,
+               first_key(start + to - 1),
+               first_end + 1,
+               table,
+               nullptr};
     }
     // present[unit] counts pages from the sequence's first visible unit on.
     const std::int64_t unit_begin = first->unit_begin;
@@ -158,10 +172,13 @@ inline void AttnPlan::cut(std::int64_t group, int max_parts, std::int64_t head_d
     if (segment == tile.segment_end()) {
       cuts[part] = {item + 1, first_segment(item + 1), -1, 0};
     } else if (segment > tile.segment_begin()) {
-      const AttnCut& last = cuts[part - 1];
-      const bool again = last.split >= 0 && last.item == item;
-      cuts[part] = {item, segment, again ? last.split : segment, again ? last.slot : num_slots};
-      if (!again) num_slots += 1 + tile.segment_end() - segment;
+      cuts[part] = {item, segment, segment, num_slots};
+      if (cuts_same_item(part - 1, part)) {
+        cuts[part].split = cuts[part - 1].split;
+        cuts[part].slot = cuts[part - 1].slot;
+      } else {
+        num_slots += 1 + tile.segment_end() - segment;
+      }
     }
   }
   cuts[num_parts] = {num_items, 0, -1, 0};

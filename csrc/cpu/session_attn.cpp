@@ -35,6 +35,8 @@ class AttnWorker {
         .take(&total_.l, kMaxRows)
         .take(&total_.o, kMaxRows * head_dim_)
         .commit();
+    for (int row = 0; row < kMaxRows; ++row)
+      token_of_row_[row] = static_cast<std::int32_t>(row / group_);
   }
 
   // The part-th run of the plan. Items that lie wholly inside it are written, others saved.
@@ -72,8 +74,8 @@ class AttnWorker {
   void join(int part) {
     for (int c = 1, found = 0; c < plan_.num_parts; ++c) {
       const AttnCut& cut = plan_.cuts[c];
-      const bool is_first = cut.split >= 0 && cut.split == cut.segment;
-      if (!is_first || found++ % plan_.num_parts != part) continue;
+      if (cut.split < 0 || plan_.cuts_same_item(c - 1, c)) continue;
+      if (found++ % plan_.num_parts != part) continue;
       open(plan_.items[cut.item]);
       const Partial total = partial(cut.slot);
       for (std::int64_t segment = cut.split; segment < tile_->segment_end(); ++segment)
@@ -94,16 +96,20 @@ class AttnWorker {
     std::memcpy(to.o, from.o, static_cast<std::size_t>(num_rows_ * head_dim_) * sizeof(float));
   }
 
-  // Row token * group + g of q_ and r_ is head g of the item's group.
+  // Row token * group + g of a tile is head g of the item's group: its row in q, r and out.
+  std::int64_t head_row(int row) const {
+    return (tile_->token + token_of_row_[row]) * p_.num_heads + item_->kv_head * group_ + row -
+           token_of_row_[row] * group_;
+  }
+
   void open(const AttnItem& item) {
+    item_ = &item;
     tile_ = plan_.tiles + item.tile;
-    kv_head_ = item.kv_head;
     num_rows_ = static_cast<int>(tile_->num_tokens * group_);
     const auto* q = static_cast<const T*>(p_.q);
     const auto* r = static_cast<const T*>(p_.r);
-    for (std::int64_t row = 0; row < num_rows_; ++row) {
-      const std::int64_t source = (tile_->token + row / group_) * p_.num_heads +
-                                  kv_head_ * group_ + row % group_;
+    for (int row = 0; row < num_rows_; ++row) {
+      const std::int64_t source = head_row(row);
       KStep* r_row = r_ + row * kRowSteps;
       std::memcpy(q_ + row * kRowSteps, q + source * head_dim_,
                   static_cast<std::size_t>(head_dim_) * sizeof(T));
@@ -112,10 +118,22 @@ class AttnWorker {
     }
   }
 
-  const KStep* k_block(std::int64_t unit) const {
+  const KStep* k_block(const AttnTile& tile, std::int64_t unit, std::int64_t kv_head) const {
     return reinterpret_cast<const KStep*>(static_cast<const T*>(p_.kv.pages) +
-                                          tile_->table[unit] * p_.kv.page_stride +
-                                          kv_head_ * p_.kv.head_stride);
+                                          tile.table[unit] * p_.kv.page_stride +
+                                          kv_head * p_.kv.head_stride);
+  }
+
+  // The keys read after this unit's: of the tile's next page, else of the next item; or null.
+  const KStep* next_k_block(std::int64_t unit) const {
+    for (++unit; unit < tile_->unit_end; ++unit)
+      if (tile_->table[unit] >= 0) return k_block(*tile_, unit, item_->kv_head);
+    const AttnItem* item = item_ + 1;
+    if (item == plan_.items + plan_.num_items) return nullptr;
+    const AttnTile& tile = plan_.tiles[item->tile];
+    for (unit = tile.unit_begin; unit < tile.unit_end; ++unit)
+      if (tile.table[unit] >= 0) return k_block(tile, unit, item->kv_head);
+    return nullptr;
   }
 
   // segment_ = left fold of the units of one segment.
@@ -130,9 +148,35 @@ class AttnWorker {
   // segment_ = fold(segment_, unit).
   void walk_unit(std::int64_t unit) {
     Visible visible;
-    int first = kUnit, last = 0;
+    int first = 0, last = kUnit;
+    const std::int64_t base = unit * kUnit;
+    const bool is_full = tile_->all_from <= base && base + kUnit <= tile_->all_to;
+    if (!is_full && !find_visible(base, visible, first, last)) return;
+    // Vectors of keys that some row sees, in pairs; the others are masked whatever they hold.
+    const int vec = first / 32 * 2;
+    const int num_vecs = (last + 31) / 32 * 2 - vec;
+    const std::int64_t block_bytes = kUnit * head_dim_ * static_cast<std::int64_t>(sizeof(T));
+    const KStep* k = k_block(*tile_, unit, item_->kv_head);
+    const KStep* v = k + q_steps_ * kUnit;
+    const KStep* next = next_k_block(unit);
+    const bool has_bias = load_bias(unit, vec, num_vecs);
+    score_rows<T>(s_ + vec * 16, k + vec * 16, num_vecs, q_, num_rows_, q_steps_, p_.scale,
+                  has_bias, {v, next, block_bytes});
+    softmax_rows<T>(s_, probs_, num_rows_, is_full ? nullptr : &visible, unit_.m, unit_.l);
+    alignas(64) float weight_o[kMaxRows], weight_u[kMaxRows];
+    fold_sums(segment_, unit_, num_rows_, weight_o, weight_u);
+    const std::int64_t step = num_k_steps(p_.dtype, vec * 16);
+    const std::int64_t num_steps = num_k_steps(p_.dtype, last) - step;
+    weigh_values<T>(segment_.o, v + step * head_dim_, head_dim_, probs_ + step, num_rows_,
+                    num_steps, weight_o, weight_u,
+                    {next, next == nullptr ? nullptr : next + q_steps_ * kUnit, block_bytes});
+  }
+
+  // What each row sees of the unit, and the span of keys that any row sees; false: none.
+  bool find_visible(std::int64_t base, Visible& visible, int& first, int& last) const {
+    first = kUnit;
+    last = 0;
     for (std::int64_t t = 0; t < tile_->num_tokens; ++t) {
-      const std::int64_t base = unit * kUnit;
       const std::int64_t begin = p_.window > 0 ? tile_->pos + t - p_.window + 1 - base : 0;
       const std::int64_t end = p_.batch.visible_end[tile_->token + t] + 1 - base;
       const int from = static_cast<int>(std::clamp<std::int64_t>(begin, 0, kUnit));
@@ -145,58 +189,34 @@ class AttnWorker {
       first = std::min(first, from);
       last = std::max(last, to);
     }
-    if (first >= last) return;
-    // Vectors of keys that some row sees, in pairs; the others are masked whatever they hold.
-    const int vec = first / 32 * 2;
-    const int num_vecs = (last + 31) / 32 * 2 - vec;
-    const std::int64_t block_bytes = kUnit * head_dim_ * static_cast<std::int64_t>(sizeof(T));
-    const KStep* k = k_block(unit);
-    const KStep* v = k + q_steps_ * kUnit;
-    const bool has_bias = load_bias(unit, vec, num_vecs);
-    score_rows<T, true>(s_ + vec * 16, k + vec * 16, kUnit, num_vecs, q_, num_rows_, q_steps_,
-                        p_.scale, has_bias, {v, block_bytes});
-    softmax_rows<T>(s_, probs_, num_rows_, visible, unit_.m, unit_.l);
-    alignas(64) float weight_o[kMaxRows], weight_u[kMaxRows];
-    fold_sums(segment_, unit_, num_rows_, weight_o, weight_u);
-    const std::int64_t step = num_k_steps(p_.dtype, vec * 16);
-    const std::int64_t num_steps = num_k_steps(p_.dtype, last) - step;
-    std::int64_t next = unit + 1;
-    while (next < tile_->unit_end && tile_->table[next] < 0) ++next;
-    const Ahead ahead = next < tile_->unit_end ? Ahead{k_block(next), block_bytes} : Ahead{};
-    weigh_values<T>(segment_.o, v + step * head_dim_, head_dim_, probs_ + step, num_rows_,
-                    num_steps, weight_o, weight_u, ahead);
+    return first < last;
   }
 
-  // s_ = r . P at the distances of this unit, for the tokens that are within rel_len of it.
+  // s_ = r . P at the distances of a unit, 0 for tokens that are rel_len or more from all of it;
+  // false: 0 for every token, and nothing is written. The heads of a token share their weights.
   bool load_bias(std::int64_t unit, int vec, int num_vecs) {
-    const std::int64_t bank_len = p_.rel_len + 2 * kRelPad;
-    bool has_bias = false;
+    const std::int64_t distance = tile_->pos - unit * kUnit;  // of the first token to the first key
+    const std::int64_t end = p_.rel_len + kUnit - 1;
+    if (distance + tile_->num_tokens <= 0 || distance >= end) return false;
+    const auto* bank = static_cast<const KStep*>(p_.rel_bank) + kRelPad + p_.rel_len - 1 + vec * 16;
     for (std::int64_t t = 0; t < tile_->num_tokens; ++t) {
-      const std::int64_t distance = tile_->pos + t - unit * kUnit;  // to the unit's first key
-      has_bias |= distance >= 0 && distance < p_.rel_len + kUnit - 1;
-    }
-    if (!has_bias) return false;
-    for (std::int64_t t = 0; t < tile_->num_tokens; ++t) {
-      const std::int64_t distance = tile_->pos + t - unit * kUnit;
       float* s = s_ + t * group_ * kRowSteps + vec * 16;
-      if (distance >= 0 && distance < p_.rel_len + kUnit - 1) {
-        const auto* bank = static_cast<const KStep*>(p_.rel_bank) + kRelPad + p_.rel_len - 1;
-        score_rows<T, false>(s, bank - distance + vec * 16, bank_len, num_vecs,
-                             r_ + t * group_ * kRowSteps, static_cast<int>(group_), rel_steps_,
-                             1.0f, false, {});
-      } else {
-        for (std::int64_t g = 0; g < group_; ++g)
-          for (int v = 0; v < num_vecs; ++v) store(s + g * kRowSteps + v * 16, zero());
-      }
+      if (distance + t >= 0 && distance + t < end)
+        multiply_rows<sizeof(T) == 2, false>(
+            bank - distance - t, p_.rel_len + 2 * kRelPad, num_vecs, r_ + t * group_ * kRowSteps,
+            static_cast<int>(group_), rel_steps_, {},
+            [&](int m, int v, Vec acc) TML_LAMBDA { store(s + m * kRowSteps + v * 16, acc); });
+      else
+        for (std::int64_t row = 0; row < group_; ++row)
+          for (int v = 0; v < num_vecs; ++v) store(s + row * kRowSteps + v * 16, zero());
     }
     return true;
   }
 
   void write(const Partial& total) const {
     auto* out = static_cast<T*>(p_.out);
-    for (std::int64_t row = 0; row < num_rows_; ++row) {
-      const std::int64_t target = (tile_->token + row / group_) * p_.num_heads +
-                                  kv_head_ * group_ + row % group_;
+    for (int row = 0; row < num_rows_; ++row) {
+      const std::int64_t target = head_row(row);
       const float sum = total.l[row];
       const bool is_empty = total.m[row] == kMasked && sum == 0.0f;
       for (std::int64_t d = 0; d < head_dim_; d += 16) {
@@ -213,9 +233,10 @@ class AttnWorker {
   const std::int64_t head_dim_, group_, q_steps_, rel_steps_;
   KStep *q_, *r_, *probs_;
   float* s_;
+  std::int32_t token_of_row_[kMaxRows];
   Partial unit_{}, segment_{}, total_{};
+  const AttnItem* item_ = nullptr;
   const AttnTile* tile_ = nullptr;
-  std::int64_t kv_head_ = 0;
   int num_rows_ = 0;
 };
 

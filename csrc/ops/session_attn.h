@@ -12,9 +12,9 @@
 //   O = chain over keys, ascending, of round(p) * V
 //   fold(a, b): m = max(ma, mb), x = exp(ma - m), y = exp(mb - m), l = fma(lb, y, la * x),
 //               O = fma(Ob, y, Oa * x)
-// Units are left-folded inside segments of 2048 absolute positions, segments are left-folded. A unit
-// without a visible key is the neutral element (m = -1e30, l = 0, O = 0) and so is the start of a
-// fold. o = round(O / l + 0), lse = m + ln l; a row that sees nothing gets o = 0, lse = -inf.
+// Units are left-folded inside segments of 2048 absolute positions, segments are left-folded. A
+// unit without a visible key is the neutral element (m = -1e30, l = 0, O = 0) and so is the start
+// of a fold. o = round(O / l + 0), lse = m + ln l; a row that sees nothing gets o = 0, lse = -inf.
 // Scores are expected above -1e30; K and V past the last written key are never added, even NaN (but
 // the odd partner of a last even bf16 key of V must be 0).
 #pragma once
