@@ -321,6 +321,19 @@ def test_session_attn_bits_do_not_depend_on_isa(dtype: torch.dtype, each_isa: li
             assert torch.equal(lse, expected_lse[begin - 100 : end - 100])
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00155, -0x00400000, -0x003FFE01])
+def test_session_attn_shows_a_nan_to_who_sees_it(bits: int, each_isa: list[str]) -> None:
+    heads = layer(2, 1, 32, torch.float32)
+    seq = tokens(heads, 40)
+    seq.k[20, 0, 7] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    for isa in each_isa:
+        _ext.set_isa(isa)
+        (out,), (lse,) = attend(heads, [(seq, 0, 40)])
+        assert bool(out[:20].isfinite().all())
+        assert bool(out[20:].isnan().all())
+        assert bool(lse[20:].isnan().all())
+
+
 def test_session_attn_many_heads_of_one_group() -> None:
     heads = layer(50, 1, 16, torch.bfloat16)
     check_value(heads, tokens(heads, 150), 140, 150)

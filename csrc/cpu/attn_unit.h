@@ -54,10 +54,9 @@ TML_INLINE Vec exp_of_negative(Vec x) {
   p = fma(p, r, set1(5.0000001201e-1f));
   const Vec y = add(fma(p, mul(r, r), r), set1(1.0f));
 #if TML_ISA_LEVEL >= 2
-  // y * 2^n by adding n to the exponent, and 0 below the range in the same instruction.
-  const __m512i n_bits = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
+  // y * 2^n, and 0 below the range in the same instruction.
   const __mmask16 keep = _mm512_cmp_ps_mask(x.v, set1(-87.0f).v, _CMP_NLT_UQ);
-  return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(keep, _mm512_castps_si512(y.v), n_bits))};
+  return {_mm512_maskz_scalef_ps(keep, y.v, n.v)};
 #else
   return where_less(x, set1(-87.0f), zero(), mul(y, exponent_scale(shifted)));
 #endif
