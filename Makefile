@@ -31,7 +31,8 @@ setup:
 check:
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@echo clang-format --dry-run -Werror
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(PY) -m mypy
 	$(PY) -m pytest python_tests/test_build_floors.py python_tests/test_contract.py \
 	  python_tests/test_build_boundary.py -k "stub or floors or contract or objects"

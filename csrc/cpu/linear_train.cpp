@@ -167,10 +167,19 @@ void wgrad_typed(const LinearWgradParams& p) {
     break;
             TML_ROWS(1)
             TML_ROWS(2)
-            TML_ROWS(3) TML_ROWS(4) TML_ROWS(5) TML_ROWS(6) TML_ROWS(7) TML_ROWS(8) TML_ROWS(9)
-                TML_ROWS(10) TML_ROWS(11) TML_ROWS(12)
+            TML_ROWS(3)
+            TML_ROWS(4)
+            TML_ROWS(5)
+            TML_ROWS(6)
+            TML_ROWS(7)
+            TML_ROWS(8)
+            TML_ROWS(9)
+            TML_ROWS(10)
+            TML_ROWS(11)
+            TML_ROWS(12)
 #undef TML_ROWS
-                    default : break;
+            default:
+              break;
           }
         }
     }

@@ -63,10 +63,19 @@ TML_INLINE void onto_rows(int num_rows, float* y, std::ptrdiff_t y_stride, const
     break;
     TML_ROWS(1)
     TML_ROWS(2)
-    TML_ROWS(3) TML_ROWS(4) TML_ROWS(5) TML_ROWS(6) TML_ROWS(7) TML_ROWS(8) TML_ROWS(9) TML_ROWS(10)
-        TML_ROWS(11) TML_ROWS(12)
+    TML_ROWS(3)
+    TML_ROWS(4)
+    TML_ROWS(5)
+    TML_ROWS(6)
+    TML_ROWS(7)
+    TML_ROWS(8)
+    TML_ROWS(9)
+    TML_ROWS(10)
+    TML_ROWS(11)
+    TML_ROWS(12)
 #undef TML_ROWS
-            default : break;
+    default:
+      break;
   }
 }
 
