@@ -53,9 +53,7 @@ def test_linear_refusals() -> None:
     packed = pack_weight(draw(8, 64, dtype=torch.float32))
     with pytest.raises(errors.InvalidArgument, match=r"linear: x must be \[T, 64\], got \[3, 63\]"):
         linear(torch.zeros(3, 63), packed)
-    with pytest.raises(
-        errors.InvalidArgument, match="linear: weight must be bfloat16, got"
-    ):
+    with pytest.raises(errors.InvalidArgument, match="linear: weight must be bfloat16, got"):
         linear(torch.zeros(3, 64, dtype=torch.bfloat16), packed)
     with pytest.raises(errors.InvalidArgument, match="linear: x must be float32 or bfloat16"):
         linear(torch.zeros(3, 64, dtype=torch.int32), packed)
