@@ -177,12 +177,15 @@ def test_router_gradients_of_extreme_logits_are_finite() -> None:
 def test_router_passes_opcheck_and_compiles_whole() -> None:
     x, weight, bias = inputs(19, 32, 10, 2, torch.bfloat16)
     leaves = (x.clone().requires_grad_(), weight.clone().requires_grad_())
-    torch.library.opcheck(torch.ops.tml.router.default, (*leaves, bias, 3, 2.5))
-    weights, gammas, logits, ids = torch.ops.tml.router(x, weight, bias, 3, 2.5)
+    scale = torch.tensor([2.5])
+    torch.library.opcheck(
+        torch.ops.tml.router.default, (*leaves, bias, scale.clone().requires_grad_(), 3)
+    )
+    weights, gammas, logits, ids = torch.ops.tml.router(x, weight, bias, scale, 3)
     for dlogits in (None, logits):
         torch.library.opcheck(
             torch.ops.tml.router_bwd.default,
-            (x, weight, ids, logits, weights, gammas, dlogits, 2.5),
+            (x, weight, ids, logits, weights, gammas, dlogits, scale),
         )
 
     def route(x: Tensor, weight: Tensor) -> Routing:
@@ -241,6 +244,10 @@ def test_router_training_refusals() -> None:
         router(x, weight.bfloat16(), bias, top_k=2, scale=1.0)
     with pytest.raises(errors.InvalidArgument, match="router: bias requires grad"):
         router(x, weight, bias.clone().requires_grad_(), top_k=2, scale=1.0)
+    with pytest.raises(errors.InvalidArgument, match=r"router: scale must be float32 \[1\], got"):
+        router(x, weight, bias, top_k=2, scale=torch.ones(2))
+    with pytest.raises(errors.InvalidArgument, match="scale must be a number with a packed weight"):
+        router(x, pack_weight(weight), bias, top_k=2, scale=torch.ones(1))
     with pytest.raises(errors.InvalidArgument, match=r"router: x must be \[T, 64\]"):
         router(x[:, :63], weight, bias, top_k=2, scale=1.0)
     with pytest.raises(errors.InvalidArgument, match=r"1 to 8 wide \(top_k\), got 9"):
@@ -251,3 +258,32 @@ def test_router_training_refusals() -> None:
         update_router_bias(bias, torch.zeros(8), 0.1)
     with pytest.raises(errors.InvalidArgument, match=r"update_router_bias: bias must be float32"):
         update_router_bias(bias.double(), torch.zeros(8, dtype=torch.int64), 0.1)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_scale_has_a_gradient_in_blocks_of_tokens(threads: int) -> None:
+    torch.set_num_threads(threads)
+    t = 2 * GRAD_BLOCK + 61
+    x, weight, bias = inputs(t, 33, 12, 2, torch.float32)
+    dweights, dgammas = draw(t, 3, seed=20), draw(t, 2, seed=21)
+
+    def dscale_of(value: float, dtype: torch.dtype, count: int = t) -> Tensor:
+        scale = torch.tensor([value], dtype=dtype, requires_grad=True)
+        run = router if dtype == torch.float32 else router_reference
+        out = run(x[:count].to(dtype), weight.to(dtype), bias.to(dtype), top_k=3, scale=scale)
+        outputs = [out.weights, out.gammas]
+        seeds = [dweights[:count].to(dtype), dgammas[:count].to(dtype)]
+        return torch.autograd.grad(outputs, scale, seeds)[0]
+
+    for value in (2.5, 0.0):
+        # a sum of some thousand fp32 terms
+        torch.testing.assert_close(
+            dscale_of(value, torch.float32).double(),
+            dscale_of(value, torch.float64),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+    whole = dscale_of(2.5, torch.float32)
+    dweights[600:], dgammas[600:] = 0, 0
+    assert not torch.equal(dscale_of(2.5, torch.float32), whole)
+    assert torch.equal(dscale_of(2.5, torch.float32), dscale_of(2.5, torch.float32, 600))

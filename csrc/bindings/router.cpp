@@ -71,7 +71,7 @@ void router(nb::handle x_h, nb::handle weight_h, nb::handle bias_h, nb::handle e
 
 void router_bwd(nb::handle x_h, nb::handle weight_h, nb::handle expert_ids_h, nb::handle logits_h,
                 nb::handle dweights_h, nb::handle dgammas_h, nb::handle dlogits_h, nb::handle dx_h,
-                nb::handle dw_h, float scale, int num_threads) {
+                nb::handle dw_h, nb::handle dscale_h, float scale, int num_threads) {
   const Tensor x(x_h, "router_bwd", "x");
   const Tensor weight(weight_h, "router_bwd", "weight");
   const Tensor expert_ids(expert_ids_h, "router_bwd", "expert_ids");
@@ -80,6 +80,7 @@ void router_bwd(nb::handle x_h, nb::handle weight_h, nb::handle expert_ids_h, nb
   const Tensor dgammas(dgammas_h, "router_bwd", "dgammas");
   const Tensor dx(dx_h, "router_bwd", "dx");
   const Tensor dw(dw_h, "router_bwd", "dw");
+  const Tensor dscale(dscale_h, "router_bwd", "dscale");
   x.floating().rank(2).rows_contiguous();
   const std::int64_t num_tokens = x.size(0), in_dim = x.size(1);
   weight.dtype(DType::kF32).shape({kAny, in_dim}).contiguous();
@@ -101,6 +102,7 @@ void router_bwd(nb::handle x_h, nb::handle weight_h, nb::handle expert_ids_h, nb
       expert_ids.refuse("in [0, " + std::to_string(num_experts) + ")", std::to_string(ids[i]));
   dx.dtype(x.type()).shape({num_tokens, in_dim}).contiguous();
   dw.dtype(DType::kF32).shape({num_outputs, in_dim}).contiguous();
+  dscale.dtype(DType::kF32).shape({1});
   RouterBwdParams params{x.data(),
                          weight.data<const float>(),
                          ids,
@@ -110,6 +112,7 @@ void router_bwd(nb::handle x_h, nb::handle weight_h, nb::handle expert_ids_h, nb
                          nullptr,
                          dx.data(),
                          dw.data<float>(),
+                         dscale.data<float>(),
                          x.stride(0),
                          num_tokens,
                          in_dim,
@@ -136,7 +139,7 @@ void bind_router(nb::module_& m) {
         nb::arg("num_threads"));
   m.def("router_bwd", &router_bwd, nb::arg("x"), nb::arg("weight"), nb::arg("expert_ids"),
         nb::arg("logits"), nb::arg("dweights"), nb::arg("dgammas"), nb::arg("dlogits").none(),
-        nb::arg("dx"), nb::arg("dw"), nb::arg("scale"), nb::arg("num_threads"));
+        nb::arg("dx"), nb::arg("dw"), nb::arg("dscale"), nb::arg("scale"), nb::arg("num_threads"));
 }
 
 }  // namespace tml

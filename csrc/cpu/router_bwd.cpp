@@ -32,8 +32,8 @@ struct Terms {
   }
 };
 
-// d l of one token, as long as its terms.
-void logit_grads(const Terms& terms, std::int64_t token, float* dl) {
+// d l of one token, as long as its terms; returns its part of the scale's gradient.
+float logit_grads(const Terms& terms, std::int64_t token, float* dl) {
   const RouterBwdParams& p = terms.p;
   const float* logits = p.logits + token * terms.num_outputs;
   const int count = p.top_k + p.num_shared;
@@ -60,6 +60,7 @@ void logit_grads(const Terms& terms, std::int64_t token, float* dl) {
     else
       dl[i] = grad;
   }
+  return mean;
 }
 
 // body(first column, number of vectors) over columns [begin, end) in vectors of sixteen.
@@ -74,13 +75,14 @@ void router_bwd_typed(const RouterBwdParams& p) {
   const Terms terms{p};
   const std::int64_t num_terms = p.num_tokens * terms.per_token;
   const std::int64_t vecs = ceil_div(p.in_dim, 16);
-  float *dl = nullptr, *sorted = nullptr;
+  float *dl = nullptr, *sorted = nullptr, *scale_part = nullptr;
   std::int32_t *token_of = nullptr, *offset = nullptr;
   Arena arena(Scratch::kOp);
   arena.take(&dl, num_terms)
       .take(&sorted, num_terms)
       .take(&token_of, num_terms)
       .take(&offset, terms.num_outputs + 2)
+      .take(&scale_part, p.num_tokens)
       .commit();
   const auto* x = static_cast<const T*>(p.x);
   auto* dx = static_cast<T*>(p.dx);
@@ -94,7 +96,7 @@ void router_bwd_typed(const RouterBwdParams& p) {
     const Range own = split(p.num_tokens, thread, num_threads);
     for (std::int64_t t = own.begin; t < own.end; ++t) {
       float* grads = dl + t * terms.per_token;
-      logit_grads(terms, t, grads);
+      scale_part[t] = logit_grads(terms, t, grads);
       for_columns({0, vecs}, [&](std::int64_t col, int count) {
         Vec acc[kVecs];
         for (Vec& a : acc) a = zero();
@@ -121,6 +123,14 @@ void router_bwd_typed(const RouterBwdParams& p) {
           token_of[slot] = static_cast<std::int32_t>(t);
           sorted[slot] = dl[t * terms.per_token + i];
         }
+      float total = 0.0f;
+      for (std::int64_t begin = 0; begin < p.num_tokens; begin += kBlock) {
+        float block = 0.0f;
+        for (std::int64_t t = begin; t < p.num_tokens && t < begin + kBlock; ++t)
+          block = block + scale_part[t];
+        total = total + block;
+      }
+      *p.dscale = total;
     }
     barrier();
     const Range columns = split(vecs, thread, num_threads);

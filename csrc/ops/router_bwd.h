@@ -1,4 +1,5 @@
-// router_bwd: gradients of the router's weights and gammas (and logits) in x and the gate weight.
+// router_bwd: gradients of the router's weights and gammas (and logits) in x, the gate weight and
+// the scale.
 // The choice of experts is not differentiated. For a token with shares p_i over its chosen experts,
 // then the shared ones, and gradients d_i of weights and gammas:
 //   d ls_i = scale p_i (d_i - sum_j p_j d_j)       the sum is one fma chain in that order
@@ -6,6 +7,7 @@
 //   dx     = sum_n d l_n w[n]                      fma from 0 in ascending n, one rounding
 //   dw[n]  = sum_t d l_n[t] x[t]                   fma from 0 in ascending t inside a block of
 //            contract::kGradBlock tokens; blocks added in ascending order; fp32
+//   dscale = sum_t sum_j p_j d_j                   added in the same blocks and order
 // Outputs a token did not choose are left out of its sums, unless logits have gradients.
 #pragma once
 
@@ -25,6 +27,7 @@ struct RouterBwdParams {
   const float* dlogits;            // [num_tokens, num_experts + num_shared], or null
   void* dx;                        // [num_tokens, in_dim]
   float* dw;                       // like weight
+  float* dscale;                   // [1]
   std::int64_t x_row_stride;
   std::int64_t num_tokens;
   std::int64_t in_dim;

@@ -43,21 +43,22 @@ def router(
     bias_E: Tensor,
     *,
     top_k: int,
-    scale: float,
+    scale: float | Tensor,
     return_logits: bool = False,
 ) -> Routing:
     """Choose ``top_k`` experts by sigmoid score + bias; weigh them against the shared experts.
 
     x_TH: [T, H] fp32 or bf16, rows dense. weight: fp32 [E + S, H] packed (``pack_weight`` of the
     fp32 upcast), shared rows last; to train, the fp32 [E + S, H] tensor itself. bias_E: fp32 [E],
-    used for the choice only. scale: route scale times global scale. Equal scores go to the lower
+    used for the choice only. scale: route scale times global scale; to train, it may be a fp32 [1]
+    tensor. Equal scores go to the lower
     id. A NaN score loses to every number. Weights are the softmax of the log-sigmoids over chosen
     and shared experts, times ``scale``, rounded to the type of x: the same bits in both forms.
 
-    The training form is differentiable in x and weight through weights, gammas and logits; the
-    choice and the bias get no gradient. On a device without kernels it runs ``router_reference``.
-    Raises InvalidArgument on other shapes or dtypes, E + S > 512 or ``top_k`` outside
-    [1, min(E, 32)].
+    The training form is differentiable in x, weight and a tensor of the scale, through weights,
+    gammas and logits; the choice and the bias get no gradient. On a device without kernels it runs
+    ``router_reference``. Raises InvalidArgument on other shapes or dtypes, E + S > 512 or
+    ``top_k`` outside [1, min(E, 32)].
     """
     if isinstance(weight, Tensor):
         if weight.ndim != 2:
@@ -80,12 +81,20 @@ def router(
     if isinstance(weight, Tensor):
         if weight.dtype != torch.float32:
             raise InvalidArgument(f"router: weight must be float32, got {weight.dtype}")
+        if not isinstance(scale, Tensor):
+            scale = torch.full((1,), scale, dtype=torch.float32, device=x_TH.device)
+        if scale.dtype != torch.float32 or list(scale.shape) != [1]:
+            raise InvalidArgument(
+                f"router: scale must be float32 [1], got {scale.dtype} {list(scale.shape)}"
+            )
         if x_TH.device.type != "cpu":
             out = router_reference(x_TH, weight, bias_E, top_k=top_k, scale=scale)
         else:
-            weights_Tk, gammas_TS, logits_TN, ids_Tk = _router(x_TH, weight, bias_E, top_k, scale)
+            weights_Tk, gammas_TS, logits_TN, ids_Tk = _router(x_TH, weight, bias_E, scale, top_k)
             out = Routing(ids_Tk, weights_Tk, gammas_TS, logits_TN)
         return out if return_logits else out._replace(logits=None)
+    if isinstance(scale, Tensor):
+        raise InvalidArgument("router: scale must be a number with a packed weight, got a tensor")
     out = _empty_routing(x_TH, top_k, num_shared, out_dim if return_logits else None)
     _run(x_TH, weight.data, bias_E, out, scale)
     return out
@@ -152,7 +161,7 @@ def update_router_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
 
 
 def _router_kernel(
-    x_TH: Tensor, weight_NH: Tensor, bias_E: Tensor, top_k: int, scale: float
+    x_TH: Tensor, weight_NH: Tensor, bias_E: Tensor, scale_1: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_outputs, in_dim = weight_NH.shape
     packed = torch.empty(packed_shape(num_outputs, in_dim, torch.float32))
@@ -160,7 +169,7 @@ def _router_kernel(
     num_shared = num_outputs - bias_E.shape[0]
     out = _empty_routing(x_TH, top_k, num_shared, num_outputs)
     dense = x_TH if x_TH.stride(-1) == 1 else x_TH.contiguous()
-    _run(dense, packed, bias_E.contiguous(), out, scale)
+    _run(dense, packed, bias_E.contiguous(), out, float(scale_1))
     return _float_first(out)
 
 
@@ -168,8 +177,8 @@ def _router_fake(
     x_TH: Tensor,
     weight_NH: Tensor,
     bias_E: Tensor,
+    scale_1: Tensor,  # noqa: ARG001
     top_k: int,
-    scale: float,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_outputs = weight_NH.shape[0]
     return _float_first(_empty_routing(x_TH, top_k, num_outputs - bias_E.shape[0], num_outputs))
@@ -188,9 +197,9 @@ def _router_bwd_kernel(
     dweights_Tk: Tensor,
     dgammas_TS: Tensor,
     dlogits_TN: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    dx_TH, dw_NH = x_TH.new_empty(x_TH.shape), weight_NH.new_empty(weight_NH.shape)
+    scale_1: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx_TH, dw_NH, dscale_1 = _router_bwd_fake(x_TH, weight_NH)
     _ext.router_bwd(
         x_TH if x_TH.stride(-1) == 1 else x_TH.contiguous(),
         weight_NH.contiguous(),
@@ -201,20 +210,21 @@ def _router_bwd_kernel(
         None if dlogits_TN is None else dlogits_TN.contiguous(),
         dx_TH,
         dw_NH,
-        scale,
+        dscale_1,
+        float(scale_1),
         num_threads(),
     )
-    return dx_TH, dw_NH
+    return dx_TH, dw_NH, dscale_1
 
 
-def _router_bwd_fake(x_TH: Tensor, weight_NH: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x_TH.new_empty(x_TH.shape), weight_NH.new_empty(weight_NH.shape)
+def _router_bwd_fake(x_TH: Tensor, weight_NH: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x_TH.new_empty(x_TH.shape), weight_NH.new_empty(weight_NH.shape), weight_NH.new_empty(1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TH, weight_NH, _, _, ctx.scale = inputs
+    x_TH, weight_NH, _, scale_1, _ = inputs
     _, gammas_TS, logits_TN, ids_Tk = output
-    ctx.save_for_backward(x_TH, weight_NH, ids_Tk, logits_TN)
+    ctx.save_for_backward(x_TH, weight_NH, scale_1, ids_Tk, logits_TN)
     ctx.num_shared = gammas_TS.shape[1]
     ctx.mark_non_differentiable(ids_Tk)
     ctx.set_materialize_grads(False)
@@ -227,26 +237,28 @@ def _backward(
     dlogits_TN: Tensor | None,
     _: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    x_TH, weight_NH, ids_Tk, logits_TN = ctx.saved_tensors
+    x_TH, weight_NH, scale_1, ids_Tk, logits_TN = ctx.saved_tensors
     if dweights_Tk is None:
         dweights_Tk = torch.zeros_like(ids_Tk, dtype=torch.float32)
     if dgammas_TS is None:
         dgammas_TS = dweights_Tk.new_zeros(x_TH.shape[0], ctx.num_shared)
-    dx_TH, dw_NH = _router_bwd(
-        x_TH, weight_NH, ids_Tk, logits_TN, dweights_Tk, dgammas_TS, dlogits_TN, ctx.scale
+    dx_TH, dw_NH, dscale_1 = _router_bwd(
+        x_TH, weight_NH, ids_Tk, logits_TN, dweights_Tk, dgammas_TS, dlogits_TN, scale_1
     )
-    need_x, need_weight, *_rest = ctx.needs_input_grad
-    return dx_TH if need_x else None, dw_NH if need_weight else None, None, None, None
+    grads = (dx_TH, dw_NH, None, dscale_1, None)
+    return tuple(
+        grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True)
+    )
 
 
 _router_bwd = register_op(
     "router_bwd(Tensor x, Tensor weight, Tensor expert_ids, Tensor logits, Tensor dweights,"
-    " Tensor dgammas, Tensor? dlogits, float scale) -> (Tensor, Tensor)",
+    " Tensor dgammas, Tensor? dlogits, Tensor scale) -> (Tensor, Tensor, Tensor)",
     _router_bwd_kernel,
     _router_bwd_fake,
 )
 _router = register_op(
-    "router(Tensor x, Tensor weight, Tensor bias, int top_k, float scale)"
+    "router(Tensor x, Tensor weight, Tensor bias, Tensor scale, int top_k)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _router_kernel,
     _router_fake,
@@ -256,7 +268,7 @@ _router = register_op(
 
 
 def router_reference(
-    x_TH: Tensor, weight_NH: Tensor, bias_E: Tensor, *, top_k: int, scale: float
+    x_TH: Tensor, weight_NH: Tensor, bias_E: Tensor, *, top_k: int, scale: float | Tensor
 ) -> Routing:
     """The same routing in plain torch (float64 for float64), from an unpacked weight."""
     wide = torch.float64 if x_TH.dtype == torch.float64 else torch.float32
