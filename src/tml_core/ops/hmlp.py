@@ -3,7 +3,6 @@
 Shape suffixes: P patches, T frames, S side in cells, C channels, H hidden.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +55,9 @@ class HmlpWeights:
     @property
     def patch_shape(self) -> tuple[int, int, int, int]:
         """(frames, height, width, channels) of a patch."""
-        frames = math.prod(fold[0] for fold in self.folds)
-        side = math.prod(fold[1] for fold in self.folds)
+        frames = side = 1
+        for t_fold, hw_fold in self.folds:
+            frames, side = frames * t_fold, side * hw_fold
         first_frames, first_side = self.folds[0]
         channels = _dims(self.projections[0])[1] // (first_frames * first_side * first_side)
         return frames, side, side, channels

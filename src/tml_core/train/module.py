@@ -5,30 +5,37 @@ MLP, I its inner width, V vocabulary.
 """
 
 from collections.abc import Mapping
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tml_core.errors import InvalidArgument
 from tml_core.model.config import ENCODER_NORM_EPS, ModelConfig
 from tml_core.model.weights import expected_shapes, is_kept_fp32
-from tml_core.ops.attn_prologue_packed import attn_prologue_packed
-from tml_core.ops.embed import dmel_embed, embed
-from tml_core.ops.hmlp import HmlpWeights, hmlp
+from tml_core.ops.hmlp import HmlpWeights
 from tml_core.ops.linear import linear
-from tml_core.ops.linear_logp import linear_logp
-from tml_core.ops.moe import moe
-from tml_core.ops.rms_norm import rms_norm
-from tml_core.ops.router import router
-from tml_core.ops.sconv_norm_packed import sconv_norm_packed
-from tml_core.ops.session_attn_train import session_attn_train
+from tml_core.train.op_set import KERNELS, OpSet
 from tml_core.train.packing import PackedBatch
 
-__all__ = ["TrainableModel"]
+__all__ = ["ModelOutput", "TrainableModel"]
 
 # Chosen by counting visits, not by a gradient.
 _BIAS = ".gate.e_score_correction_bias"
+
+
+class ModelOutput(NamedTuple):
+    """What one pass over a batch gives.
+
+    ``logprobs``: of the targets, float32 [T], 0 where there is none. ``entropy``: of each
+    prediction in nats, float32 [T], if asked for. ``expert_ids``: int32 [T, top_k] for each layer
+    of `TrainableModel.sparse_layers`.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    expert_ids: tuple[Tensor, ...]
 
 
 class TrainableModel(nn.Module):
@@ -37,7 +44,9 @@ class TrainableModel(nn.Module):
     ``weights``: canonical names of ``expected_shapes(config)``, float32 or bfloat16; they become
     parameters as they are (a copy), so float32 ones are masters of a bfloat16 model. ``dtype``:
     of the model that is trained and served; the forward rounds parameters to it, but for those of
-    `is_kept_fp32`, which must be float32. The routers' choice biases are buffers.
+    `is_kept_fp32`, which must be float32. The routers' choice biases are buffers. ``recompute``:
+    keep only the input of each layer, and run the layer again in the backward pass (the same bits
+    for less memory and more time). ``ops``: what computes it.
 
     ``state_dict`` has the canonical names; `serving_weights` is what a backbone or `save_weights`
     takes. Forward and gradients run in the kernels on a CPU, in plain torch elsewhere.
@@ -46,13 +55,21 @@ class TrainableModel(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        *,
+        recompute: bool = False,
+        ops: OpSet = KERNELS,
     ) -> None:
         super().__init__()
         if dtype not in (torch.float32, torch.bfloat16):
             raise InvalidArgument(f"dtype: expected float32 or bfloat16, got {dtype}")
         self.config = config
         self.dtype = dtype
+        self.recompute = recompute
+        self._ops = ops
         vision = config.vision
         self._vision_layers = () if vision is None else vision.layers(config.text.hidden_size)
         shapes = expected_shapes(config)
@@ -69,6 +86,15 @@ class TrainableModel(nn.Module):
                     f"got {value.dtype} {list(value.shape)}"
                 )
             _register(self, name, value.detach().clone(memory_format=torch.contiguous_format))
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers with a router, in order."""
+        return tuple(i for i, dense in enumerate(self.config.text.layer_is_dense) if not dense)
+
+    def router_bias(self, layer: int) -> Tensor:
+        """float32 [E], the buffer that decides which experts ``layer`` chooses."""
+        return self._layer(layer, "mlp.gate.e_score_correction_bias")
 
     def serving_weights(self) -> dict[str, Tensor]:
         """A copy of the weights as they are served: in ``dtype`` but for those kept in float32."""
@@ -93,47 +119,86 @@ class TrainableModel(nn.Module):
         where there is no target. Differentiable in every parameter. The bits are those that
         serving computes for the same sequences, whatever else is in the batch.
         """
-        h_TD = self.hidden(batch)
-        head_VD, vocab_size = self._get("lm_head.weight"), self.config.text.unpadded_vocab_size
-        if with_entropy:
-            return linear_logp(h_TD, head_VD, batch.targets, vocab_size, with_entropy=True)
-        return linear_logp(h_TD, head_VD, batch.targets, vocab_size)
+        out = self.run(batch, with_entropy=with_entropy)
+        return out.logprobs if out.entropy is None else (out.logprobs, out.entropy)
+
+    def run(self, batch: PackedBatch, *, with_entropy: bool = False) -> ModelOutput:
+        """The forward pass with the experts it chose, which load balancing counts."""
+        h_TD, expert_ids = self._decode(batch)
+        logprobs_T, entropy_T = self._ops.linear_logp(
+            h_TD,
+            self._get("lm_head.weight"),
+            batch.targets,
+            self.config.text.unpadded_vocab_size,
+            with_entropy,
+        )
+        return ModelOutput(logprobs_T, entropy_T, expert_ids)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """What the vocabulary head takes: [T, D] in ``dtype``, after the final norm over mup."""
+        return self._decode(batch)[0]
+
+    def _decode(self, batch: PackedBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
         text = self.config.text
         x_TD = self._embed(batch)
-        normed_TD = rms_norm(x_TD, self._layer(0, "input_layernorm.weight"), text.rms_eps)
+        normed_TD = self._ops.rms_norm(x_TD, self._layer(0, "input_layernorm.weight"), text.rms_eps)
+        use_checkpoint = self.recompute and torch.is_grad_enabled()
+        expert_ids = []
         for layer in range(text.num_layers):
-            branch_TD = self._attention(layer, normed_TD, batch)
-            normed, x_TD = sconv_norm_packed(
-                branch_TD,
-                x_TD,
-                self._taps(layer, "attn_sconv"),
-                self._layer(layer, "post_attention_layernorm.weight"),
-                text.rms_eps,
-                batch.cu_tokens,
-            )
-            assert normed is not None  # a norm weight was given
-            is_dense = text.layer_is_dense[layer]
-            branch_TD = self._dense(layer, normed) if is_dense else self._sparse(layer, normed)
-            is_last = layer + 1 == text.num_layers
-            normed, x_TD = sconv_norm_packed(
-                branch_TD,
-                x_TD,
-                self._taps(layer, "mlp_sconv"),
-                None if is_last else self._layer(layer + 1, "input_layernorm.weight"),
-                text.rms_eps,
-                batch.cu_tokens,
-            )
-            normed_TD = x_TD if normed is None else normed
+            if use_checkpoint:
+                x_TD, normed_TD, ids_Tk = checkpoint(
+                    self._run_layer,
+                    layer,
+                    x_TD,
+                    normed_TD,
+                    batch,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                x_TD, normed_TD, ids_Tk = self._run_layer(layer, x_TD, normed_TD, batch)
+            if ids_Tk is not None:
+                expert_ids.append(ids_Tk)
         norm_D = self._get("model.language_model.norm.weight")
-        return rms_norm(x_TD, norm_D, text.rms_eps, divisor=text.mup)
+        h_TD = self._ops.rms_norm(x_TD, norm_D, text.rms_eps, divisor=text.mup)
+        return h_TD, tuple(expert_ids)
+
+    def _run_layer(
+        self, layer: int, x_TD: Tensor, normed_TD: Tensor, batch: PackedBatch
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The residual stream after ``layer``, its norm for the next one, and the experts chosen.
+
+        After the last layer the residual stream stands in for its norm.
+        """
+        text = self.config.text
+        branch_TD = self._attention(layer, normed_TD, batch)
+        normed_TD, x_TD = self._ops.sconv_norm(
+            branch_TD,
+            x_TD,
+            self._taps(layer, "attn_sconv"),
+            self._layer(layer, "post_attention_layernorm.weight"),
+            text.rms_eps,
+            batch.cu_tokens,
+        )
+        if text.layer_is_dense[layer]:
+            branch_TD, ids_Tk = self._dense(layer, normed_TD), None
+        else:
+            branch_TD, ids_Tk = self._sparse(layer, normed_TD)
+        is_last = layer + 1 == text.num_layers
+        normed, x_TD = self._ops.sconv_norm(
+            branch_TD,
+            x_TD,
+            self._taps(layer, "mlp_sconv"),
+            None if is_last else self._layer(layer + 1, "input_layernorm.weight"),
+            text.rms_eps,
+            batch.cu_tokens,
+        )
+        return x_TD, x_TD if normed is None else normed, ids_Tk
 
     def _embed(self, batch: PackedBatch) -> Tensor:
         config = self.config
         table = "model.language_model.embed_tokens."
-        text_ND = embed(
+        text_ND: Tensor = self._ops.embed(
             batch.token_ids,
             self._get(table + "weight"),
             self._get(table + "embed_norm.weight"),
@@ -143,7 +208,7 @@ class TrainableModel(nn.Module):
         if config.audio is not None and len(batch.bins):
             audio = "model.audio_tower."
             parts.append(
-                dmel_embed(
+                self._ops.dmel_embed(
                     batch.bins,
                     self._get(audio + "embed_audio_tokens.embed_audio_tokens.weight"),
                     config.audio.num_levels,
@@ -152,7 +217,7 @@ class TrainableModel(nn.Module):
                 )
             )
         if self._vision_layers and len(batch.patches):
-            parts.append(hmlp(batch.patches, self._hmlp_weights()))
+            parts.append(self._ops.hmlp(batch.patches, self._hmlp_weights()))
         return text_ND if len(parts) == 1 else torch.cat(parts).index_select(0, batch.order)
 
     def _hmlp_weights(self) -> HmlpWeights:
@@ -174,8 +239,8 @@ class TrainableModel(nn.Module):
     def _attention(self, layer: int, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         text, is_sliding = self.config.text, self.config.text.layer_is_sliding[layer]
         parts = [self._layer(layer, f"self_attn.{part}_proj.weight") for part in "qkvr"]
-        q, k, v, r = attn_prologue_packed(
-            linear(x_TD, torch.cat(parts)),
+        q, k, v, r = self._ops.attn_prologue(
+            self._ops.linear(x_TD, torch.cat(parts)),
             text.heads(layer),
             k_conv_C4=self._taps(layer, "self_attn.k_sconv"),
             v_conv_C4=self._taps(layer, "self_attn.v_sconv"),
@@ -186,7 +251,7 @@ class TrainableModel(nn.Module):
             log_alpha=text.log_scaling_alpha,
             cu_tokens=batch.cu_tokens,
         )
-        attended, _ = session_attn_train(
+        attended, _ = self._ops.session_attn(
             q,
             k,
             v,
@@ -196,7 +261,8 @@ class TrainableModel(nn.Module):
             visible_end_T=batch.visible_end,
             window=text.window if is_sliding else 0,
         )
-        return linear(attended, self._layer(layer, "self_attn.o_proj.weight"))
+        out_TD: Tensor = self._ops.linear(attended, self._layer(layer, "self_attn.o_proj.weight"))
+        return out_TD
 
     def _dense(self, layer: int, x_TD: Tensor) -> Tensor:
         """One expert for every token, weighed by the layer's scale."""
@@ -207,35 +273,37 @@ class TrainableModel(nn.Module):
         ids_T1 = torch.zeros(len(x_TD), 1, dtype=torch.int32, device=x_TD.device)
         gammas_T0 = torch.empty(len(x_TD), 0, device=x_TD.device)
         gate_up_1JD = torch.cat([gate_JD, up_JD])[None]
-        return moe(x_TD, ids_T1, _repeat(scale, len(x_TD)), gammas_T0, gate_up_1JD, down_DI[None])
+        y_TD: Tensor = self._ops.moe(
+            x_TD, ids_T1, _repeat(scale, len(x_TD)), gammas_T0, gate_up_1JD, down_DI[None]
+        )
+        return y_TD
 
-    def _sparse(self, layer: int, x_TD: Tensor) -> Tensor:
+    def _sparse(self, layer: int, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts' sum, and who they were: int32 [T, top_k]."""
         text = self.config.text
         scale = self._layer(layer, "mlp.gate.global_scale")
-        routing = router(
+        routing = self._ops.router(
             x_TD,
             self._layer(layer, "mlp.gate.weight").float(),
-            self._layer(layer, "mlp.gate.e_score_correction_bias"),
+            self.router_bias(layer),
             top_k=text.top_k,
-            scale=text.route_scale * float(scale.detach()),
+            # Serving rounds the product of both once.
+            scale=(text.route_scale * scale.double()).float(),
         )
-        # The router takes its scale as a number; this factor is one, and carries the gradient.
-        at_T1 = scale.detach()
-        one_T1 = (scale - at_T1) / torch.where(at_T1 == 0, 1.0, at_T1) + 1.0
-        one_T1 = _repeat(one_T1, len(x_TD))
         gate, up, down = (
             self._layer(layer, f"mlp.shared_experts.{part}_proj") for part in ("gate", "up", "down")
         )
-        return moe(
+        y_TD: Tensor = self._ops.moe(
             x_TD,
             routing.expert_ids,
-            routing.weights * one_T1,
-            routing.gammas * one_T1,
+            routing.weights,
+            routing.gammas,
             torch.cat(
                 [self._layer(layer, "mlp.experts.gate_up_proj"), torch.cat([gate, up], dim=1)]
             ),
             torch.cat([self._layer(layer, "mlp.experts.down_proj"), down]),
         )
+        return y_TD, routing.expert_ids
 
     def _layer(self, layer: int, name: str) -> Tensor:
         return self._get(f"model.language_model.layers.{layer}.{name}")
