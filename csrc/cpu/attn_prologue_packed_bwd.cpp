@@ -124,9 +124,7 @@ void attn_prologue_packed_bwd_typed(const AttnProloguePackedBwdParams& p) {
       for (std::int64_t head = 0; head < kv_heads; ++head)
         key_grads(p, at, work, piece, state, head);
     });
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     const Range tokens = split(num_tokens, thread, num_threads);
     k_conv.input(tokens, dqkvr + at.k, at.row);
     v_conv.input(tokens, dqkvr + at.v, at.row);

@@ -50,9 +50,7 @@ void dmel_embed_typed(const DmelEmbedParams& p) {
     const Range units = split(p.num_frames * num_blocks, thread, num_threads);
     for (std::int64_t unit = units.begin; unit < units.end; ++unit)
       sum_columns<T>(p, unit / num_blocks, unit % num_blocks * kBlock);
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     const Range frames = split(p.num_frames, thread, num_threads);
     for (std::int64_t frame = frames.begin; frame < frames.end; ++frame) {
       T* y = static_cast<T*>(p.y) + frame * p.y_row_stride;

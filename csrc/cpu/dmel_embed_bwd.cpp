@@ -94,9 +94,7 @@ void dmel_embed_bwd_typed(const DmelEmbedBwdParams& p) {
         store_part(dsum + f * p.dim + i, value, count);
       });
     }
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     grad_columns<1>(
         split(ceil_div(p.dim, 16), thread, num_threads), p.num_frames,
         [&](std::int64_t f, std::int64_t group, Vec(&sum)[1]) {

@@ -43,9 +43,7 @@ void embed_bwd_typed(const EmbedBwdParams& p) {
           norm_row(row_of(t), weight, p.dim, p.eps, [&](std::int64_t i, int count, Vec, Vec) {
             return load_part(dy + t * p.dy_row_stride + i, count);
           });
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     const Range groups = split(ceil_div(p.dim, 16), thread, num_threads);
     grad_columns<1>(
         groups, p.num_tokens,

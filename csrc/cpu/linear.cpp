@@ -30,9 +30,7 @@ void linear_typed(const LinearParams& p) {
     for (std::int64_t tile = own_tiles.begin; tile < own_tiles.end; ++tile)
       pack_rows<T>(packed + tiles.begin(tile) * num_steps, tiles.rows(tile), p.in_dim,
                    [&](int m) { return x + (tiles.begin(tile) + m) * p.x_row_stride; });
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     const Range panels = split(num_panels, thread, num_threads);
     multiply_tiles<sizeof(T) == 2>(
         weight, num_steps, panels.begin, panels.end, packed, p.num_tokens,

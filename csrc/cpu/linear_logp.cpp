@@ -51,9 +51,7 @@ void linear_logp_typed(const LinearLogpParams& p) {
       .commit();
   parallel(vocab.is_small() ? 1 : p.num_threads, [&](int thread, int num_threads) {
     vocab.pack(packed, thread, num_threads);
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     vocab.for_each(packed, split(num_blocks, thread, num_threads),
                    [&](std::int64_t row, std::int64_t block, const float* logits) {
                      const BlockSum sum = block_sum(logits);
@@ -63,9 +61,7 @@ void linear_logp_typed(const LinearLogpParams& p) {
                      const std::int64_t at = p.targets[row] - block * kVocabBlock;
                      if (at >= 0 && at < kVocabBlock) p.logprobs[row] = logits[at];
                    });
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     const Range rows = split(num_rows, thread, num_threads);
     for (std::int64_t row = rows.begin; row < rows.end; ++row) {
       const BlockSum* blocks = sums + row * num_blocks;

@@ -65,7 +65,7 @@ class LogpBwd {
  private:
   void barrier() const {
     if (num_threads_ > 1) {
-#pragma omp barrier
+      team_barrier();
     }
   }
   std::int64_t block_columns() const {

@@ -50,9 +50,7 @@ void multiply_rows(const T* x, std::int64_t x_row_stride, std::int64_t num_rows,
     for (std::int64_t tile = own_tiles.begin; tile < own_tiles.end; ++tile)
       pack_rows<T>(packed + tiles.begin(tile) * num_steps, tiles.rows(tile), depth,
                    [&](int m) { return x + (tiles.begin(tile) + m) * x_row_stride; });
-    if (team > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     const Range panels = split(num_panels, thread, team);
     const std::int64_t run = std::min(panels_at_once(num_steps), panels.end - panels.begin);
     KStep* fresh = panel_scratch(run, num_steps);
@@ -141,9 +139,7 @@ void wgrad_typed(const LinearWgradParams& p) {
                        packed + first * num_steps + step * rows);
       }
     }
-    if (team > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     // A thread makes its own panels; with few of them the tiles are shared out instead.
     const bool by_panels = num_panels % team == 0 || num_panels >= 8 * team;
     const Range panels = by_panels ? split(num_panels, thread, team) : Range{0, num_panels};

@@ -17,18 +17,14 @@ void lm_head_logprobs_typed(const LmHeadLogprobsParams& p) {
   auto* sums = reinterpret_cast<BlockSum*>(base + packed_bytes);
   parallel(vocab.is_small() ? 1 : p.num_threads, [&](int thread, int num_threads) {
     vocab.pack(packed, thread, num_threads);
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     vocab.for_each(packed, split(num_blocks, thread, num_threads),
                    [&](std::int64_t row, std::int64_t block, const float* logits) {
                      sums[row * num_blocks + block] = block_sum(logits);
                      const std::int64_t at = p.targets[row] - block * kVocabBlock;
                      if (at >= 0 && at < kVocabBlock) p.logprobs[row] = logits[at];
                    });
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     const Range rows = split(num_rows, thread, num_threads);
     for (std::int64_t row = rows.begin; row < rows.end; ++row)
       p.logprobs[row] = p.logprobs[row] - log_sum_exp(sums + row * num_blocks, num_blocks);

@@ -35,9 +35,7 @@ void lm_head_sample_typed(const LmHeadSampleParams& p) {
     Best* own = bests + thread * num_rows;
     for (std::int64_t row = 0; row < num_rows; ++row) own[row] = {-1, kMinusInf, 0.0f};
     vocab.pack(packed, thread, num_threads);
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     vocab.for_each(packed, split(num_blocks, thread, num_threads),
                    [&](std::int64_t row, std::int64_t block, const float* logits) {
                      sums[row * num_blocks + block] = block_sum(logits);
@@ -47,9 +45,7 @@ void lm_head_sample_typed(const LmHeadSampleParams& p) {
                      for (std::int64_t i = 0; i < kVocabBlock && first + i < vocab_size; ++i)
                        kept[row][first + i] = logits[i];
                    });
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     const Range rows = split(num_rows, thread, num_threads);
     for (std::int64_t row = rows.begin; row < rows.end; ++row) {
       Best best = bests[row];

@@ -127,11 +127,7 @@ void moe_chunk(const MoeParams& p, std::int64_t first, std::int64_t count) {
   const auto* w2 = static_cast<const KStep*>(p.w2);
 
   parallel(p.num_threads, [&](int thread, int num_threads) {
-    const auto barrier = [num_threads] {
-      if (num_threads > 1) {
-#pragma omp barrier
-      }
-    };
+    const auto barrier = [num_threads] { team_barrier(); };
     for_own_panels(
         plan, panels13, thread, num_threads,
         [&](const Group& group, std::int64_t begin, std::int64_t end) {

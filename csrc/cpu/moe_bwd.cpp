@@ -267,11 +267,7 @@ struct Backward {
     const std::int64_t experts = p.num_experts + p.num_shared;
     const std::int64_t work = p.num_tokens * (p.top_k + p.num_shared) * p.hidden * p.width;
     parallel(work < kMinParallelWork ? 1 : p.num_threads, [&](int thread, int num_threads) {
-      const auto barrier = [num_threads] {
-        if (num_threads > 1) {
-#pragma omp barrier
-        }
-      };
+      const auto barrier = [num_threads] { team_barrier(); };
       const Local own = local();
       const Range own_dx = split(p.num_tokens * p.hidden, thread, num_threads);
       if (p.dx != nullptr)

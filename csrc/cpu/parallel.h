@@ -1,10 +1,9 @@
-// Threads: OpenMP on the libgomp that torch brought. Work is split by output, never by reduction.
+// Work on several threads: split by output, never by reduction.
 #pragma once
-
-#include <omp.h>
 
 #include <cstdint>
 
+#include "core/team.h"
 #include "cpu/vec.h"
 
 namespace tml::cpu::TML_ISA_NS {
@@ -18,19 +17,15 @@ TML_INLINE Range split(std::int64_t count, int part, int num_parts) {
   return {count * part / num_parts, count * (part + 1) / num_parts};
 }
 
-// body(thread, num_threads) on each thread of one region, denormals flushed. One thread skips it.
+// body(thread, num_threads) on each thread of one region, denormals flushed; inside it team_barrier
+// lines the threads up. One thread skips it.
 template <class Body>
 void parallel(int num_threads, const Body& body) {
-  if (num_threads <= 1) {
+  const auto run = [](const void* context, int thread, int size) {
     FlushDenormals flush;
-    body(0, 1);
-    return;
-  }
-#pragma omp parallel num_threads(num_threads)
-  {
-    FlushDenormals flush;
-    body(omp_get_thread_num(), omp_get_num_threads());
-  }
+    (*static_cast<const Body*>(context))(thread, size);
+  };
+  team_parallel(num_threads, run, &body);
 }
 
 }  // namespace tml::cpu::TML_ISA_NS

@@ -53,9 +53,7 @@ void rms_norm_bwd_typed(const RmsNormBwdParams& p) {
         store_part(dx + row * p.dx_row_stride + i, value, count);
       });
     }
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     grad_columns<1>(
         split(ceil_div(p.dim, 16), thread, num_threads), p.num_rows,
         [&](std::int64_t row, std::int64_t group, Vec(&sum)[1]) {

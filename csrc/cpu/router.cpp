@@ -117,9 +117,9 @@ void router_typed(const RouterParams& p) {
       multiply(own, {0, num_panels});
     } else {  // too few rows to split: every thread takes some of the outputs
       if (thread == 0) pack_upcast<T>(p, all, packed);
-#pragma omp barrier
+      team_barrier();
       multiply(all, split(num_panels, thread, num_threads));
-#pragma omp barrier
+      team_barrier();
     }
     for (std::int64_t token = own.begin; token < own.end; ++token)
       route_token<T>(p, logits + token * num_outputs, token);

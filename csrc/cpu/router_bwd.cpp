@@ -88,11 +88,7 @@ void router_bwd_typed(const RouterBwdParams& p) {
   auto* dx = static_cast<T*>(p.dx);
   const bool small = num_terms * p.in_dim < kMinParallelWork;
   parallel(small ? 1 : p.num_threads, [&](int thread, int num_threads) {
-    const auto barrier = [num_threads] {
-      if (num_threads > 1) {
-#pragma omp barrier
-      }
-    };
+    const auto barrier = [num_threads] { team_barrier(); };
     const Range own = split(p.num_tokens, thread, num_threads);
     for (std::int64_t t = own.begin; t < own.end; ++t) {
       float* grads = dl + t * terms.per_token;

@@ -48,9 +48,7 @@ void sconv_norm_bwd_typed(const SconvNormBwdParams& p) {
                     store_part(out + i, add(load_part(direct + i, count), value), count);
                   });
     }
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     conv.input(tokens, static_cast<T*>(p.dx), p.dim);
     const Range groups = split(p.dim / 16, thread, num_threads);
     conv.taps(groups, p.num_tokens, p.dconv);

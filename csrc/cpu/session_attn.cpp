@@ -248,9 +248,7 @@ void session_attn_typed(const SessionAttnParams& p) {
     // A region may get fewer threads than it asked for.
     for (int part = thread; part < plan.num_parts; part += num_threads) worker.run(part);
     if (plan.num_slots == 0) return;
-    if (num_threads > 1) {
-#pragma omp barrier
-    }
+    team_barrier();
     for (int part = thread; part < plan.num_parts; part += num_threads) worker.join(part);
   });
 }

@@ -413,10 +413,12 @@ void session_attn_bwd_typed(const SessionAttnBwdParams& p) {
     const std::int64_t count = p.batch.cu_tokens[s + 1] - p.batch.cu_tokens[s];
     work += count * count * p.num_heads * p.head_dim;
   }
+  std::int64_t next = 0;  // longest first, whoever is free takes the next
   parallel(work < kMinParallelWork ? 1 : p.num_threads, [&](int thread, int num_threads) {
     AttnBwdWorker<T> worker(p, shared);
-#pragma omp for schedule(dynamic, 1)
-    for (std::int64_t i = 0; i < shared.num_items; ++i) worker.run(shared.items[shared.order[i]]);
+    for (std::int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < shared.num_items;)
+      worker.run(shared.items[shared.order[i]]);
+    team_barrier();
     const Range channels = split(p.rel_dim, thread, num_threads);
     for (std::int64_t c = channels.begin; c < channels.end; ++c) fold_bank(p, shared, c);
   });

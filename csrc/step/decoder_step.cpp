@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "core/memory.h"
+#include "core/team.h"
 #include "cpu/cpu.h"
 
 namespace tml {
@@ -95,59 +96,65 @@ void DecoderStep::run(void* x, void* h, const StepBatch& batch, const DecoderSta
                      conv_rows, hidden, hidden, hidden, hidden, shape_.eps, dtype, num_threads});
   };
 
-  norm(layers_.front().attn_norm, normed, 1.0f);
-  for (std::size_t index = 0; index < layers_.size(); ++index) {
-    const DecoderLayer& layer = layers_[index];
-    const std::int64_t layer_q = std::int64_t{layer.num_heads} * layer.head_dim;
-    const std::int64_t layer_kv = std::int64_t{layer.num_kv_heads} * layer.head_dim;
-    const std::int64_t layer_qkvr =
-        layer_q + 2 * layer_kv + std::int64_t{layer.num_heads} * shape_.d_rel;
-    const int kind = layer.is_sliding ? 1 : 0;
-    const std::int64_t head_stride = std::int64_t{2} * 128 * layer.head_dim;
-    const KvPages pages{
-        at(state.pages[kind], layer.pool_layer * layer.num_kv_heads * head_stride, dtype),
-        state.page_stride[kind],
-        head_stride,
-        state.table[kind],
-        state.table_row_stride[kind],
-        layer.num_kv_heads,
-        layer.head_dim};
-    void* conv =
-        at(state.conv_rows, static_cast<std::int64_t>(index) * state.conv_layer_stride, dtype);
-    const ConvRows k_rows{conv, state.conv_slot_stride, state.conv_row_stride};
-    const ConvRows v_rows{at(conv, state.kv_width, dtype), state.conv_slot_stride,
-                          state.conv_row_stride};
+  const auto all_layers = [&] {
+    norm(layers_.front().attn_norm, normed, 1.0f);
+    for (std::size_t index = 0; index < layers_.size(); ++index) {
+      const DecoderLayer& layer = layers_[index];
+      const std::int64_t layer_q = std::int64_t{layer.num_heads} * layer.head_dim;
+      const std::int64_t layer_kv = std::int64_t{layer.num_kv_heads} * layer.head_dim;
+      const std::int64_t layer_qkvr =
+          layer_q + 2 * layer_kv + std::int64_t{layer.num_heads} * shape_.d_rel;
+      const int kind = layer.is_sliding ? 1 : 0;
+      const std::int64_t head_stride = std::int64_t{2} * 128 * layer.head_dim;
+      const KvPages pages{
+          at(state.pages[kind], layer.pool_layer * layer.num_kv_heads * head_stride, dtype),
+          state.page_stride[kind],
+          head_stride,
+          state.table[kind],
+          state.table_row_stride[kind],
+          layer.num_kv_heads,
+          layer.head_dim};
+      void* conv =
+          at(state.conv_rows, static_cast<std::int64_t>(index) * state.conv_layer_stride, dtype);
+      const ConvRows k_rows{conv, state.conv_slot_stride, state.conv_row_stride};
+      const ConvRows v_rows{at(conv, state.kv_width, dtype), state.conv_slot_stride,
+                            state.conv_row_stride};
 
-    linear(normed, layer.qkvr, qkvr, hidden, layer_qkvr);
-    cpu::attn_prologue({qkvr, layer.k_conv, layer.v_conv, layer.q_norm, layer.k_norm, q, r, batch,
-                        pages, k_rows, v_rows, layer_qkvr, layer.num_heads, shape_.d_rel,
-                        shape_.eps, layer.is_sliding ? 0.0f : shape_.log_floor, shape_.log_alpha,
-                        dtype, num_threads});
-    cpu::session_attn({q, r, layer.rel_bank, attended, nullptr, pages, batch,
-                       layer.is_sliding ? shape_.window : 0, layer.rel_len, shape_.d_rel,
-                       layer.num_heads, 1.0f / static_cast<float>(layer.head_dim), dtype,
-                       num_threads});
-    linear(attended, layer.o, branch, layer_q, hidden);
-    add_branch(layer.attn_sconv, 2 * state.kv_width, index, layer.mlp_norm);
+      linear(normed, layer.qkvr, qkvr, hidden, layer_qkvr);
+      cpu::attn_prologue({qkvr, layer.k_conv, layer.v_conv, layer.q_norm, layer.k_norm, q, r, batch,
+                          pages, k_rows, v_rows, layer_qkvr, layer.num_heads, shape_.d_rel,
+                          shape_.eps, layer.is_sliding ? 0.0f : shape_.log_floor, shape_.log_alpha,
+                          dtype, num_threads});
+      cpu::session_attn({q, r, layer.rel_bank, attended, nullptr, pages, batch,
+                         layer.is_sliding ? shape_.window : 0, layer.rel_len, shape_.d_rel,
+                         layer.num_heads, 1.0f / static_cast<float>(layer.head_dim), dtype,
+                         num_threads});
+      linear(attended, layer.o, branch, layer_q, hidden);
+      add_branch(layer.attn_sconv, 2 * state.kv_width, index, layer.mlp_norm);
 
-    if (layer.router != nullptr) {
-      cpu::router({normed, layer.router, layer.router_bias, expert_ids, weights, gammas, nullptr,
-                   hidden, num_tokens, hidden, layer.num_experts, layer.num_shared, layer.top_k,
-                   layer.scale, dtype, num_threads});
-    } else {
-      for (std::int64_t t = 0; t < num_tokens; ++t) {
-        expert_ids[t] = 0;
-        weights[t] = layer.scale;
+      if (layer.router != nullptr) {
+        cpu::router({normed, layer.router, layer.router_bias, expert_ids, weights, gammas, nullptr,
+                     hidden, num_tokens, hidden, layer.num_experts, layer.num_shared, layer.top_k,
+                     layer.scale, dtype, num_threads});
+      } else {
+        for (std::int64_t t = 0; t < num_tokens; ++t) {
+          expert_ids[t] = 0;
+          weights[t] = layer.scale;
+        }
       }
+      cpu::moe({normed, expert_ids, weights, gammas, layer.w13, layer.w2, branch, nullptr, hidden,
+                hidden, num_tokens, hidden, layer.width, layer.num_experts, layer.num_shared,
+                layer.top_k, dtype, num_threads});
+      const bool is_last = index + 1 == layers_.size();
+      add_branch(layer.mlp_sconv, 2 * state.kv_width + hidden, index,
+                 is_last ? nullptr : layers_[index + 1].attn_norm);
     }
-    cpu::moe({normed, expert_ids, weights, gammas, layer.w13, layer.w2, branch, nullptr, hidden,
-              hidden, num_tokens, hidden, layer.width, layer.num_experts, layer.num_shared,
-              layer.top_k, dtype, num_threads});
-    const bool is_last = index + 1 == layers_.size();
-    add_branch(layer.mlp_sconv, 2 * state.kv_width + hidden, index,
-               is_last ? nullptr : layers_[index + 1].attn_norm);
-  }
-  norm(shape_.final_norm, h, shape_.mup);
+    norm(shape_.final_norm, h, shape_.mup);
+  };
+  const auto run_layers = [](const void* layers) {
+    (*static_cast<const decltype(all_layers)*>(layers))();
+  };
+  with_team(num_threads, run_layers, &all_layers);
 }
 
 }  // namespace tml
