@@ -1,4 +1,4 @@
-"""The command line: ``tml-core run``, ``tml-core info`` and ``tml-core align``.
+"""The command line: ``tml-core run``, ``info``, ``align`` and ``load``.
 
 What goes wrong on purpose is one line on stderr and exit code 2, never a traceback.
 """
@@ -97,6 +97,55 @@ def align(
 
     if not run_align(model, tokens, dtype, steps, seed, Console(highlight=False)):
         raise typer.Exit(1)
+
+
+@app.command()
+def load(
+    sessions: Annotated[int, typer.Option(min=1, help="How many clients.")] = 4,
+    capacity: Annotated[
+        int | None,
+        typer.Option(min=1, help="Find how many sessions fit, from --sessions up to so many."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Length of the measured window.")] = 20.0,
+    warmup: Annotated[float, typer.Option(help="Seconds of the same load before it.")] = 2.0,
+    model: _Model = "nano",
+    dtype: _Dtype = "bfloat16",
+    video: Annotated[bool, typer.Option(help="Feed pictures beside the sound.")] = True,
+    phase: Annotated[
+        str, typer.Option(help="How the clients' clocks lie: random, spread or aligned.")
+    ] = "random",
+    jitter_ms: Annotated[float, typer.Option(help="Chunks come up to that much late.")] = 0.0,
+    stalls: Annotated[float, typer.Option(help="Network stalls per client and minute.")] = 0.0,
+    disconnects: Annotated[
+        float, typer.Option(help="Clients that vanish in a turn, per client and minute.")
+    ] = 0.0,
+    barge_ins: Annotated[float, typer.Option(help="Turns cancelled per client and minute.")] = 0.0,
+    deadline_ms: Annotated[float, typer.Option(help="A later answer is a miss.")] = 200.0,
+    seed: Annotated[int, typer.Option(help="Of the clients and of what is sampled.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG (needs the extra 'plot').")] = None,
+) -> None:
+    """Load an engine with paced sessions and report latency, misses and capacity.
+
+    Each client feeds the bundled recording, 200 ms every 200 ms, whether it is answered or not.
+    """
+    from tml_core.cli.load import LoadOptions, run_load_command
+    from tml_core.load.plan import LoadSpec, as_phase
+
+    spec = LoadSpec(
+        num_sessions=sessions,
+        duration_s=seconds,
+        warmup_s=warmup,
+        phase=as_phase(phase),
+        jitter_ms=jitter_ms,
+        stalls=stalls,
+        disconnects=disconnects,
+        barge_ins=barge_ins,
+        deadline_ms=deadline_ms,
+        seed=seed,
+    )
+    options = LoadOptions(spec, model, dtype, video, capacity, json, plot)
+    run_load_command(options, Console(highlight=False))
 
 
 def main() -> None:
