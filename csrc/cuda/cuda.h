@@ -1,0 +1,32 @@
+// The device launchers: the ops of csrc/ops under the same names and parameters, plus what a launch
+// is lent. Pointers are device memory; bf16 alone for products and pages. They return once the work
+// is on the stream, and throw std::runtime_error, named after the op, when a launch is refused.
+// Where the layout of an operand differs from the CPU's, cuda/layout.h has it.
+#pragma once
+
+#include <string>
+
+#include "cuda/launch.h"
+#include "ops/attn_prologue.h"
+#include "ops/dmel_embed.h"
+#include "ops/embed.h"
+#include "ops/linear.h"
+#include "ops/lm_head.h"
+#include "ops/moe.h"
+#include "ops/rms_norm.h"
+#include "ops/router.h"
+#include "ops/sconv_norm.h"
+#include "ops/session_attn.h"
+
+namespace tml::cuda {
+
+// The weight [out_dim, in_dim] in blocks of core tiles: packed_elements(out_dim, in_dim) bf16.
+void pack_weight(const PackWeightParams& p, const Launch& launch);
+void linear(const LinearParams& p, const Launch& launch);
+
+void rms_norm(const RmsNormParams& p, const Launch& launch);
+void embed(const EmbedParams& p, const Launch& launch);
+void dmel_embed(const DmelEmbedParams& p, const Launch& launch);
+void sconv_norm(const SconvNormParams& p, const Launch& launch);
+
+}  // namespace tml::cuda
