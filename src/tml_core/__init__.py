@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from tml_core.engine.model import Model, load_model
     from tml_core.engine.sampler import SamplingParams
     from tml_core.engine.seat import TickRecord
+    from tml_core.engine.stats import EngineStats
     from tml_core.engine.turn import Turn, TurnResult, TurnStats
     from tml_core.errors import (
         CheckpointError,
+        Conflict,
         InvalidArgument,
         InvalidType,
         MediaError,
         MissingExtra,
+        Overloaded,
         PoolExhausted,
         SessionBusy,
         SessionClosed,
@@ -58,7 +61,9 @@ __all__ = [
     "Block",
     "CheckpointError",
     "Chunk",
+    "Conflict",
     "Engine",
+    "EngineStats",
     "Event",
     "Image",
     "InvalidArgument",
@@ -69,6 +74,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Notice",
+    "Overloaded",
     "PoolExhausted",
     "Retention",
     "SamplingParams",
@@ -102,13 +108,16 @@ _HOME: Final = {
     "engine.model": ("Model", "load_model"),
     "engine.sampler": ("SamplingParams",),
     "engine.seat": ("TickRecord",),
+    "engine.stats": ("EngineStats",),
     "engine.turn": ("Turn", "TurnResult", "TurnStats"),
     "errors": (
         "CheckpointError",
+        "Conflict",
         "InvalidArgument",
         "InvalidType",
         "MediaError",
         "MissingExtra",
+        "Overloaded",
         "PoolExhausted",
         "SessionBusy",
         "SessionClosed",

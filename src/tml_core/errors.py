@@ -2,10 +2,12 @@
 
 __all__ = [
     "CheckpointError",
+    "Conflict",
     "InvalidArgument",
     "InvalidType",
     "MediaError",
     "MissingExtra",
+    "Overloaded",
     "PoolExhausted",
     "SessionBusy",
     "SessionClosed",
@@ -49,6 +51,24 @@ class SessionClosed(TmlError, RuntimeError):
 
 class SessionBusy(TmlError, RuntimeError):
     """A turn is still open on this session."""
+
+
+class Conflict(TmlError, RuntimeError):
+    """What the caller takes for the session's state is not: a tip or a sequence number; nothing was
+    changed."""
+
+
+class Overloaded(TmlError, RuntimeError):
+    """There is no capacity for this now; nothing was changed.
+
+    ``reason``: "sessions", "capacity", "pending" or "reader". ``retry_after_ms``: when trying again
+    may succeed.
+    """
+
+    def __init__(self, message: str, *, reason: str, retry_after_ms: int) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_ms = retry_after_ms
 
 
 class MissingExtra(TmlError, ImportError):

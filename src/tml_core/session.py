@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -32,10 +32,16 @@ from tml_core.engine.host import (
 from tml_core.engine.job import Job
 from tml_core.engine.model import Model
 from tml_core.engine.sampler import SamplingParams
-from tml_core.engine.seat import Seat, TickRecord
+from tml_core.engine.seat import MAX_PENDING, Degrade, Part, Seat, TickRecord
 from tml_core.engine.session_file import read_session, write_session
 from tml_core.engine.turn import Turn
-from tml_core.errors import InvalidArgument, InvalidType, SessionClosed, Unsupported
+from tml_core.errors import (
+    InvalidArgument,
+    InvalidType,
+    Overloaded,
+    SessionClosed,
+    Unsupported,
+)
 from tml_core.layout.chat_template import ChatLayout
 from tml_core.layout.chunk import Chunk, ToolResult, as_chunk
 from tml_core.layout.select import layout_for
@@ -129,13 +135,14 @@ class Engine:
         sampling: SamplingParams | None = None,
         retention: Retention | None = None,
         effort: float | str | None = None,
+        degrade: Degrade = "none",
     ) -> "Session":
         """A new session in this engine; arguments as for `Session`.
 
         Raises PoolExhausted when all are in use, SessionClosed after `close`.
         """
         options = SessionOptions.checked(
-            self._host.layout, system, tools, seed, sampling, retention, effort
+            self._host.layout, system, tools, seed, sampling, retention, effort, degrade
         )
         seat = self._host.loop.add_seat(lambda: new_seat(self._host, options))
         session = Session._over(self._host, seat, self)
@@ -183,6 +190,11 @@ class Session:
     ``system``: instructions before the first turn. ``seed``: of everything sampled, unsigned 64
     bits. ``retention``: bounds an endless session; instructions and tools always stay.
     ``effort``: thinking effort of a plain chat checkpoint, 0 to 0.99 or "none" to "max".
+    ``degrade``: what to do when a turn cannot keep its deadline: "none" (it ends late),
+    "emit_silence" (its output is not begun if the first token would be late), "shrink_output" (its
+    output is closed when the next token would be late), "coalesce_input" (ticks that wait while a
+    turn is open go in together, and only the last is answered). It is always reported, by a
+    `Notice` of kind "degraded" and `TurnDone` with that reason.
 
     Any thread may call any method. Those that look at or move the sequence wait for the model step
     that is running; in asyncio code call them with ``asyncio.to_thread`` where that matters.
@@ -202,10 +214,13 @@ class Session:
         sampling: SamplingParams | None = None,
         retention: Retention | None = None,
         effort: float | str | None = None,
+        degrade: Degrade = "none",
     ) -> None:
         loaded = loaded_model(model)
         layout = layout_for(loaded.config, loaded.tokenizer)
-        options = SessionOptions.checked(layout, system, tools, seed, sampling, retention, effort)
+        options = SessionOptions.checked(
+            layout, system, tools, seed, sampling, retention, effort, degrade
+        )
         host, seat = engine_seat(loaded, layout, lambda host: new_seat(host, options))
         self._attach(host, seat, None)
         self._put_prefix(options.prefix)
@@ -224,37 +239,69 @@ class Session:
 
     # Turns.
 
-    def append(self, chunk: Chunk | MicroTurn) -> Turn:
+    def append(
+        self,
+        chunk: Chunk | MicroTurn,
+        *,
+        seq: int | None = None,
+        deadline_ms: float | None = TICK_MS,
+        expect_tip: int | None = None,
+        answer: bool = True,
+    ) -> Turn:
         """Put in 200 ms of input; returns at once, the turn runs in the engine.
 
-        A model that knows ticks answers every one; a plain chat checkpoint takes the input in and
-        answers on `commit`. Raises, with nothing changed, SessionBusy while a turn is open,
-        SessionClosed, and InvalidArgument, InvalidType or Unsupported for a chunk it cannot take.
-        What goes wrong later (PoolExhausted, for one) is raised where the turn is read, and the
-        session then stands where it stood before the append.
+        A model that knows ticks answers every one, unless ``answer`` is False; a plain chat
+        checkpoint takes the input in and answers on `commit`. ``seq`` numbers the appends one by
+        one: a number that was used already (one of the last few) gets the turn it got then, and
+        nothing is put in twice. ``deadline_ms``: from now to the turn's end; what comes first goes
+        first, and what happens when it cannot be kept says the session's ``degrade``; None: no
+        hurry. ``expect_tip``: the `tip` the caller takes the session to stand at.
+
+        Raises, with nothing changed: SessionBusy while a turn is open (where input is coalesced, up
+        to `MAX_PENDING` appends wait their turn, and then Overloaded comes), Conflict for a gap in
+        ``seq`` or another tip, SessionClosed, and InvalidArgument, InvalidType or Unsupported for a
+        chunk it cannot take (of one that waits: where its turn is read). What goes wrong later
+        (PoolExhausted, for one) is raised where the turn is read, and the session then stands where
+        it stood before the append.
         """
         taken = as_chunk(chunk)
-        seat, layout = self._seat, self._host.layout
+        _require_deadline(deadline_ms)
+        _require_count("seq", seq)
+        _require_count("expect_tip", expect_tip)
+        seat = self._seat
         with seat.lock:
-            seat.require_idle("append")
-            items = tuple(one for one in seat.waiting_items if seat.state.knows(one.call_id))
-            if items:
-                taken = replace(taken, items=(*items, *taken.items), is_idle=False)
-            encoded = layout.encode_input(taken, seat.state)
-            turn = self._new_turn()
-            job = Job(
-                seat,
-                turn,
-                encoded,
-                layout.begin_output,
-                chunk=taken,
-                items=seat.waiting_items,
-                num_dropped_items=len(seat.waiting_items) - len(items),
-                clock_ms=(seat.state.tick + 1) * TICK_MS,
-            )
-            self._host.loop.submit(job)
-            seat.turn, seat.waiting_items = turn, ()
-        return turn
+            seat.require_open("append")
+            if seq is not None:
+                known = seat.known_turn(seq)
+                if known is not None:
+                    return known
+            if expect_tip is not None:
+                seat.require_tip(expect_tip)
+            is_waiting = seat.is_busy and seat.degrade == "coalesce_input"
+            if not is_waiting:
+                seat.require_idle("append")
+            elif len(seat.parts) >= MAX_PENDING:
+                raise Overloaded(
+                    f"append: {MAX_PENDING} appends wait already",
+                    reason="pending",
+                    retry_after_ms=TICK_MS,
+                )
+            part = Part(self._new_turn(deadline_ms), seat.layout.begin_output, taken, answer)
+            if not is_waiting:
+                seat.encode(part, seat.state)
+                try:
+                    self._host.loop.submit(Job(seat, [part]))
+                except BaseException:
+                    seat.take_back(part)
+                    raise
+            else:
+                # The turn that runs is followed by this one; the engine sees it when that ends.
+                seat.parts.append(part)
+            seat.turns.append(part.turn)
+            if seq is not None:
+                seat.last_seq = seq
+                seat.numbered.append((seq, part.turn))
+        return part.turn
 
     def commit(self, *, max_tokens: int = 512) -> Turn:
         """Ask a plain chat checkpoint to answer what has been put in; at most ``max_tokens``.
@@ -270,14 +317,11 @@ class Session:
         with seat.lock:
             seat.require_idle("commit")
             encoded = layout.encode_commit(seat.state)
-            turn = self._new_turn()
 
             def begin(state: LayoutState, epoch: int) -> OutputHalf | None:
                 return layout.begin_output(state, epoch, max_tokens)
 
-            self._host.loop.submit(Job(seat, turn, encoded, begin))
-            seat.turn = turn
-        return turn
+            return self._submit(Part(self._new_turn(), begin, encoded=encoded))
 
     def add_tool_result(self, call_id: str, content: Any, *, is_error: bool = False) -> None:
         """Answer a tool call; it goes in with the next append. May be called during a turn.
@@ -320,6 +364,7 @@ class Session:
         with self._idle("rewind"):
             self._host.loop.call(lambda: seat.sequence.rewind(mark._mark))
             seat.state, seat.waiting_items = mark._state, mark._items
+            seat.position = mark.position
             seat.epoch += 1
             while seat.transcript and seat.transcript[-1].tick >= mark.tick:
                 seat.transcript.pop()
@@ -339,8 +384,9 @@ class Session:
             def make() -> Seat:
                 mark = None if at is None else at._mark
                 sequence = parent.sequence.fork(mark, seed=seed)
-                seat = Seat(sequence, parent.layout, parent.sampling)
+                seat = Seat(sequence, parent.layout, parent.sampling, parent.degrade)
                 seat.state = parent.state if at is None else at._state
+                seat.position = sequence.tip + len(seat.state.unsent)
                 seat.waiting_items = parent.waiting_items if at is None else at._items
                 seat.epoch = parent.epoch
                 tick = seat.state.tick
@@ -369,11 +415,11 @@ class Session:
             sequence, state = seat.sequence, seat.state
             return SessionInfo(
                 layout=seat.layout.name,
-                position=sequence.tip + (0 if seat.turn else len(state.unsent)),
+                position=sequence.tip + (0 if seat.is_busy else len(state.unsent)),
                 tick=state.tick,
                 media_ms=sequence.carry.clock_ms,
                 epoch=seat.epoch,
-                is_busy=seat.turn is not None,
+                is_busy=seat.is_busy,
                 num_waiting=state.num_waiting,
                 is_in_call=state.is_in_call,
                 open_calls=state.open_calls,
@@ -407,6 +453,12 @@ class Session:
         return self._host.model
 
     @property
+    def tip(self) -> int:
+        """Positions in the sequence, those still unsent included, after the last turn that ended;
+        what ``expect_tip`` is held against."""
+        return self._seat.position
+
+    @property
     def epoch(self) -> int:
         """Raised by every cancel and rewind; events of a lower epoch were undone."""
         return self._seat.epoch
@@ -414,7 +466,7 @@ class Session:
     @property
     def is_busy(self) -> bool:
         """Whether a turn is open."""
-        return self._seat.turn is not None
+        return self._seat.is_busy
 
     @property
     def is_closed(self) -> bool:
@@ -459,19 +511,25 @@ class Session:
         if not ids:
             return
         seat = self._seat
-        turn = self._new_turn()
         encoded = EncodedInput((Tokens(ids),), seat.state, len(ids))
         try:
             with seat.lock:
-                self._host.loop.submit(Job(seat, turn, encoded, _no_output))
-                seat.turn = turn
+                turn = self._submit(Part(self._new_turn(), _no_output, encoded=encoded))
             turn.result()
         except BaseException:
             self.close()
             raise
 
-    def _new_turn(self) -> Turn:
-        turn = Turn(self._host.loop.wake, self._seat.raise_epoch)
+    def _submit(self, part: Part) -> Turn:
+        """Hand over a turn that nothing is ahead of; the lock is held."""
+        seat = self._seat
+        part.tick = seat.state.tick
+        self._host.loop.submit(Job(seat, [part]))
+        seat.turns.append(part.turn)
+        return part.turn
+
+    def _new_turn(self, deadline_ms: float | None = None) -> Turn:
+        turn = Turn(self._host.loop.wake, self._seat.raise_epoch, deadline_ms)
         turn.owner = self
         return turn
 
@@ -489,6 +547,24 @@ class Session:
 
 def _no_output(_state: LayoutState, _epoch: int) -> OutputHalf | None:
     return None
+
+
+def _require_count(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidType(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 0:
+        raise InvalidArgument(f"{name}: expected at least 0, got {value}")
+
+
+def _require_deadline(deadline_ms: object) -> None:
+    if deadline_ms is None:
+        return
+    if isinstance(deadline_ms, bool) or not isinstance(deadline_ms, (int, float)):
+        raise InvalidType(f"deadline_ms: expected a number, got {type(deadline_ms).__name__}")
+    if not deadline_ms > 0:
+        raise InvalidArgument(f"deadline_ms: expected more than 0, got {deadline_ms}")
 
 
 def _require_mark(name: str, mark: object) -> None:

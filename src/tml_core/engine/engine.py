@@ -11,20 +11,24 @@ A turn is a transaction. It ends by its end (input and output stand in the seque
 import contextlib
 import queue
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from tml_core.engine.cost_model import CostModel
 from tml_core.engine.job import Job
 from tml_core.engine.runner import StepInput
 from tml_core.engine.sampler import sample_rows
+from tml_core.engine.scheduler import compose
 from tml_core.engine.seat import Seat
+from tml_core.engine.stats import EngineCounters
+from tml_core.engine.turn import Ending, end_together
 from tml_core.errors import PoolExhausted, SessionClosed
 from tml_core.media.segments import Block, Segment
 from tml_core.ops.lm_head import SampleRows
@@ -41,6 +45,9 @@ class _Backbone(Protocol):
 
 
 class _Runner(Protocol):
+    @property
+    def max_step_tokens(self) -> int: ...
+
     def run(self, inputs: SequenceOf[StepInput]) -> list[Tensor]: ...
 
 
@@ -85,6 +92,8 @@ class EngineLoop:
         self._is_stopping = False
         self._gate = threading.Lock()
         self._is_shut = False
+        self.counters = EngineCounters()
+        self.costs = CostModel()
         if warm_up is not None:
             self._inbox.put(_harmless(warm_up))
         self._thread = threading.Thread(target=self._loop, name="tml-engine", daemon=True)
@@ -120,6 +129,7 @@ class EngineLoop:
 
         def add() -> None:
             if job.seat in self._seats:
+                job.counters = self.counters
                 self._jobs.append(job)
             else:
                 job.fail(SessionClosed("turn: the session was closed"))
@@ -216,49 +226,100 @@ class EngineLoop:
             message()
 
     def _step(self) -> None:
-        """One ragged step of every turn that has work, and one sampling call."""
-        self._jobs = [job for job in self._jobs if not job.is_done]
+        """One ragged step of the turns that have work, and one sampling call."""
+        begin_s = time.perf_counter()
+        kernel_s = self.counters.kernel_s
         ready = [job for job in self._jobs if not job.is_resting]
-        batch = [job for job in ready if self._guarded(job, job.begin_step)]
+        bringing = [job for job in ready if self._guarded(job, lambda job=job: self._begin(job))]  # type: ignore[misc]
+        if bringing:
+            self._run(compose(bringing, self._model.runner.max_step_tokens))
+        if ready:
+            self._follow_up()
+            busy_s = time.perf_counter() - begin_s
+            self.counters.host_s += busy_s - (self.counters.kernel_s - kernel_s)
+
+    def _begin(self, job: Job) -> bool:
+        return job.begin_step() and self._prepare(job)
+
+    def _prepare(self, job: Job) -> bool:
+        if not job.is_prepared:
+            with self._kernels():
+                step_input = self._model.prepare(job.seat.sequence, job.segments)
+            job.prepare(step_input)
+        return True
+
+    def _run(self, step: SequenceOf[tuple[Job, int]]) -> None:
+        begin_s = time.perf_counter()
+        done = self._append(step)
+        batch_size = len(done)
         wanting = [
             job
-            for job, h_TD in self._run(batch)
-            if self._guarded(job, lambda job=job, h_TD=h_TD: job.end_step(h_TD))  # type: ignore[misc]
+            for job, h_TD in done
+            if self._guarded(
+                job,
+                lambda job=job, h_TD=h_TD: job.end_step(h_TD, self.costs, batch_size),  # type: ignore[misc]
+            )
         ]
         if wanting:
-            self._sample(wanting)
-        self._jobs = [job for job in self._jobs if not job.is_done]
+            self._sample(wanting, batch_size)
+        if batch_size:
+            num_tokens = sum(len(h_TD) for _, h_TD in done)
+            self.counters.steps += 1
+            self.counters.step_tokens += num_tokens
+            self.costs.learn(num_tokens, batch_size, time.perf_counter() - begin_s)
 
-    def _run(self, batch: list[Job]) -> list[tuple[Job, Tensor]]:
+    def _append(self, step: SequenceOf[tuple[Job, int]]) -> list[tuple[Job, Tensor]]:
         """Append what the turns bring. If they cannot go together, each goes alone, so that an
         error ends only the turn it belongs to."""
         try:
-            inputs = [self._prepared(job) for job in batch]
-            return list(zip(batch, self._model.runner.run(inputs), strict=True)) if batch else []
+            pieces = [job.piece(count) for job, count in step]
+            with self._kernels():
+                hidden = self._model.runner.run(pieces)
+            return list(zip((job for job, _ in step), hidden, strict=True))
         except Exception as error:
-            if len(batch) == 1:
-                batch[0].fail(error)
+            if len(step) == 1:
+                step[0][0].fail(error)
                 return []
-        return [pair for job in batch for pair in self._run([job])]
+        found = []
+        for job, count in step:
+            job.prepare(None)
+            if self._guarded(job, lambda job=job: self._prepare(job)):  # type: ignore[misc]
+                found += self._append([(job, count)])
+        return found
 
-    def _prepared(self, job: Job) -> StepInput:
-        step_input = self._model.prepare(job.seat.sequence, job.segments)
-        changes = job.carry_changes
-        if not changes:
-            return step_input
-        return step_input._replace(carry=replace(job.seat.sequence.carry, **changes))
-
-    def _sample(self, wanting: list[Job]) -> None:
+    def _sample(self, wanting: list[Job], batch_size: int) -> None:
         try:
             rows = sample_rows([job.request for job in wanting])
             h_BD = torch.stack([job.hidden for job in wanting])
-            tokens, logprobs = self._model.backbone.sample(h_BD, rows)
+            with self._kernels():
+                tokens, logprobs = self._model.backbone.sample(h_BD, rows)
         except Exception as error:
             for job in wanting:
                 job.fail(error)
             return
         for job, token_id, logprob in zip(wanting, tokens.tolist(), logprobs.tolist(), strict=True):
-            self._guarded(job, lambda job=job, t=token_id, p=logprob: job.accept(t, p))  # type: ignore[misc]
+            self._guarded(
+                job,
+                lambda job=job, t=token_id, p=logprob: job.accept(t, p, self.costs, batch_size),  # type: ignore[misc]
+            )
+
+    def _follow_up(self) -> None:
+        """Where turns have ended, begin those that wait behind them."""
+        done = [job for job in self._jobs if job.is_done]
+        if done:
+            self._jobs = [job for job in self._jobs if not job.is_done]
+            self._jobs += [self._next_job(job.seat) for job in done if job.seat.parts]
+
+    def _next_job(self, seat: Seat) -> Job:
+        """What waits on a seat: all of it at once, but tick by tick where a tick may evict: then
+        there is no way back over several."""
+        with seat.lock:
+            takes_all = seat.sequence.is_closed or seat.sequence.retention is None
+            parts = [seat.parts.popleft() for _ in range(len(seat.parts) if takes_all else 1)]
+            is_followed = any(part.turn.cancelled != "none" for part in seat.parts)
+            job = Job(seat, parts, is_last_silent=is_followed)
+        job.counters = self.counters
+        return job
 
     def _guarded(self, job: Job, act: Callable[[], bool | None]) -> bool:
         """Run one turn's own part; its error ends that turn alone."""
@@ -268,14 +329,29 @@ class EngineLoop:
             job.fail(error)
             return False
 
+    @contextlib.contextmanager
+    def _kernels(self) -> Iterator[None]:
+        begin_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.counters.kernel_s += time.perf_counter() - begin_s
+
     def _close_seat(self, seat: Seat, error: BaseException | None = None) -> None:
         if seat not in self._seats:
             return
         self._seats.remove(seat)
         seat.is_closed = True
+        error = error or SessionClosed("turn: the session was closed")
         for job in self._jobs:
             if job.seat is seat:
-                job.fail(error or SessionClosed("turn: the session was closed"))
+                job.fail(error)
+        with seat.lock:
+            waiting = list(seat.parts)
+            seat.parts.clear()
+        if waiting:
+            endings = [Ending(part.turn, (), error) for part in waiting]
+            end_together(endings, lambda: seat.settle(waiting))
         seat.sequence.close()
         if self._stops_when_empty and not self._seats:
             self._is_stopping = True

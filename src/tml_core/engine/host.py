@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, get_args
 
 import numpy as np
 
 from tml_core.engine.engine import EngineLoop
 from tml_core.engine.model import Model, load_model
 from tml_core.engine.sampler import SampleRequest, SamplingParams, sample_rows
-from tml_core.engine.seat import Seat
-from tml_core.errors import InvalidArgument, InvalidType, SessionClosed
+from tml_core.engine.seat import Degrade, Seat
+from tml_core.errors import InvalidArgument, InvalidType, SessionClosed, Unsupported
 from tml_core.layout.chat_template import EFFORTS, ChatLayout
 from tml_core.layout.chunk import Chunk
 from tml_core.layout.micro_turn import MicroTurnLayout
@@ -33,6 +33,7 @@ __all__ = [
     "loaded_model",
     "new_loop",
     "new_seat",
+    "require_degrade",
     "require_seed",
 ]
 
@@ -65,6 +66,7 @@ class SessionOptions:
     seed: int
     sampling: SamplingParams
     retention: Retention | None
+    degrade: Degrade
 
     @classmethod
     def checked(
@@ -76,6 +78,7 @@ class SessionOptions:
         sampling: SamplingParams | None,
         retention: Retention | None,
         effort: float | str | None,
+        degrade: Degrade,
     ) -> Self:
         if system is not None and not isinstance(system, str):
             raise InvalidType(f"system: expected str, got {type(system).__name__}")
@@ -84,15 +87,16 @@ class SessionOptions:
             raise InvalidType(f"sampling: expected SamplingParams, got {type(sampling).__name__}")
         if retention is not None and not isinstance(retention, Retention):
             raise InvalidType(f"retention: expected Retention, got {type(retention).__name__}")
+        require_degrade(degrade, layout)
         prefix = layout.encode_prefix(system, tool_schemas(tools), _effort(effort))
         if retention is not None and retention.pinned_prefix < len(prefix):
             retention = replace(retention, pinned_prefix=len(prefix))
-        return cls(prefix, seed, sampling or SamplingParams(), retention)
+        return cls(prefix, seed, sampling or SamplingParams(), retention, degrade)
 
 
 def new_seat(host: Host, options: SessionOptions) -> Seat:
     sequence = host.model.new_sequence(seed=options.seed, retention=options.retention)
-    seat = Seat(sequence, host.layout, options.sampling)
+    seat = Seat(sequence, host.layout, options.sampling, options.degrade)
     seat.state = host.layout.initial_state()
     return seat
 
@@ -172,6 +176,14 @@ def _effort(effort: object) -> float | None:
     if effort is None or (isinstance(effort, (int, float)) and not isinstance(effort, bool)):
         return None if effort is None else float(effort)
     raise InvalidType(f"effort: expected a number or a word, got {type(effort).__name__}")
+
+
+def require_degrade(degrade: object, layout: AnyLayout) -> None:
+    if degrade not in get_args(Degrade):
+        known = ", ".join(get_args(Degrade))
+        raise InvalidArgument(f"degrade: expected one of {known}, got {degrade!r}")
+    if degrade != "none" and not layout.knows_ticks:
+        raise Unsupported(f"degrade: this model knows no ticks; expected 'none', got {degrade!r}")
 
 
 def require_seed(seed: object) -> None:

@@ -45,6 +45,30 @@ class StepInput(NamedTuple):
     blocks: tuple[tuple[int, int], ...] = ()
     carry: Carry | None = None
 
+    def cut(self, start: int, stop: int) -> int:
+        """Where a piece from ``start`` may end: at ``stop`` or before, but not inside a block;
+        after it if the block at ``start`` is longer."""
+        length = len(self.token_ids)
+        found = _cut_before_block(self.blocks, start, min(max(stop, start + 1), length))
+        if found > start:
+            return found
+        return self.blocks[bisect_right(self.blocks, start, key=_end)][1]
+
+    def piece(self, start: int, stop: int) -> "StepInput":
+        """The positions [start, stop); the last piece brings the carry."""
+        length = len(self.token_ids)
+        if start == 0 and stop == length:
+            return self
+        first = bisect_right(self.blocks, start, key=_end)
+        last = bisect_right(self.blocks, stop, key=_end)
+        return StepInput(
+            self.sequence,
+            self.x_TD[start:stop],
+            self.token_ids[start:stop],
+            tuple((begin - start, end - start) for begin, end in self.blocks[first:last]),
+            self.carry if stop == length else None,
+        )
+
 
 class _Piece(NamedTuple):
     entry: int  # index of the input
@@ -164,7 +188,7 @@ class StepRunner:
                 stop = _cut_before_block(one.blocks, start, min(length, start + budget))
                 if stop == start and not step:
                     # A block that no step of the usual size holds.
-                    stop = one.blocks[bisect_right(one.blocks, start, key=_end)][1]
+                    stop = one.cut(start, start + budget)
                     budget = stop - start
                 if stop > start:
                     step.append(_Piece(index, start, stop))

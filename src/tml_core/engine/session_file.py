@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tml_core.contract import CONTRACT_VERSION
-from tml_core.engine.host import Host
+from tml_core.engine.host import Host, require_degrade
 from tml_core.engine.sampler import SamplingParams
 from tml_core.engine.seat import Seat, TickRecord
 from tml_core.errors import SnapshotError
@@ -42,6 +42,8 @@ def write_session(host: Host, seat: Seat, target: Path, folder: Path) -> None:
         "state": seat.state.to_dict(),
         "epoch": seat.epoch,
         "sampling": asdict(seat.sampling),
+        "degrade": seat.degrade,
+        "last_seq": seat.last_seq,
         "waiting_items": [asdict(one) for one in seat.waiting_items],
         "transcript": [asdict(one) for one in seat.transcript],
     }
@@ -102,12 +104,15 @@ def _require_fitting(what: str, header: Any, layout: str) -> None:
 
 
 def _seat_from(host: Host, header: dict[str, Any], sequence: Sequence) -> Seat:
-    seat = Seat(sequence, host.layout, SamplingParams(**header["sampling"]))
+    require_degrade(header["degrade"], host.layout)
+    seat = Seat(sequence, host.layout, SamplingParams(**header["sampling"]), header["degrade"])
     kind = ChatState if isinstance(host.layout, ChatLayout) else MicroTurnState
     fresh = host.layout.initial_state().dmel
     dmel = None if fresh is None else sequence.carry.audio
     seat.state = kind.from_dict(header["state"], dmel)
+    seat.position = sequence.tip + len(seat.state.unsent)
     seat.epoch = int(header["epoch"])
+    seat.last_seq = None if header["last_seq"] is None else int(header["last_seq"])
     seat.waiting_items = tuple(ToolResult(**one) for one in header["waiting_items"])
     for one in header["transcript"]:
         calls = tuple((str(a), str(b), str(c)) for a, b, c in one.pop("calls"))

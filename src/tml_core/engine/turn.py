@@ -6,17 +6,25 @@ the first one on, whenever it starts.
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from tml_core.errors import InvalidArgument, TmlError
 from tml_core.layout.events import Event, TextToken, ToolCall, TurnDone
-from tml_core.media.micro_turns import TICK_MS
 
-__all__ = ["MAX_UNREAD", "Turn", "TurnResult", "TurnStats"]
+__all__ = [
+    "MAX_UNREAD",
+    "Ending",
+    "Turn",
+    "TurnClock",
+    "TurnResult",
+    "TurnStats",
+    "end_together",
+]
 
 # The engine lets a turn rest while nobody has read this many of its events; a micro-turn has far
 # fewer, so only a long chat answer without a reader gets here.
@@ -29,27 +37,87 @@ Keep = Literal["input", "none"]
 class TurnStats:
     """Where the time of a turn went; what has not happened yet is None.
 
-    ``arrived_s``: `time.perf_counter` at the append. ``queued_ms``: until the engine began.
-    ``prefill_ms``: input half through the model. ``decode_ms``: from there to the end.
-    ``first_token_ms``: arrival to first sampled token. ``total_ms``: arrival to end. ``slack_ms``:
-    what was left of the 200 ms, negative if late. ``position`` and ``num_pages``: of the sequence.
+    ``arrived_s``: `time.perf_counter` at the append. ``deadline_ms``: what it was given from there,
+    None for a turn without a clock (an answer of a chat checkpoint). ``queued_ms``: until the
+    engine began. ``prefill_ms``: input half through the model. ``decode_ms``: from there to the
+    end. ``first_token_ms``: arrival to first sampled token. ``total_ms``: arrival to end.
+    ``delivered_ms``: arrival to the moment a reader had the end. ``max_batch``: most sessions
+    that shared one of its steps. ``position`` and ``num_pages``: of the sequence.
     """
 
     arrived_s: float
+    deadline_ms: float | None = None
     queued_ms: float | None = None
     prefill_ms: float | None = None
     decode_ms: float | None = None
     first_token_ms: float | None = None
     total_ms: float | None = None
+    delivered_ms: float | None = None
     num_input_tokens: int = 0
     num_output_tokens: int = 0
+    max_batch: int = 0
     position: int = 0
     num_pages: int = 0
 
     @property
     def slack_ms(self) -> float | None:
-        """What was left of the 200 ms of a tick when the turn ended."""
-        return None if self.total_ms is None else TICK_MS - self.total_ms
+        """What was left until the deadline when the turn ended, negative if late."""
+        if self.total_ms is None or self.deadline_ms is None:
+            return None
+        return self.deadline_ms - self.total_ms
+
+    @property
+    def missed(self) -> bool:
+        """Whether the turn ended after its deadline."""
+        slack_ms = self.slack_ms
+        return slack_ms is not None and slack_ms < 0
+
+
+class TurnClock:
+    """What the engine notes of a turn, in seconds of `time.perf_counter`; 0.0: not yet."""
+
+    __slots__ = (
+        "arrived_s",
+        "deadline_ms",
+        "deadline_s",
+        "delivered_s",
+        "ended_s",
+        "first_s",
+        "input_done_s",
+        "max_batch",
+        "num_input_tokens",
+        "num_output_tokens",
+        "num_pages",
+        "position",
+        "started_s",
+    )
+
+    def __init__(self, deadline_ms: float | None) -> None:
+        self.arrived_s = time.perf_counter()
+        self.deadline_ms = deadline_ms
+        self.deadline_s = math.inf if deadline_ms is None else self.arrived_s + deadline_ms / 1000
+        self.started_s = self.input_done_s = self.first_s = 0.0
+        self.ended_s = self.delivered_s = 0.0
+        self.num_input_tokens = self.num_output_tokens = 0
+        self.max_batch = self.position = self.num_pages = 0
+
+    def stats(self) -> TurnStats:
+        """All of it, in milliseconds."""
+        return TurnStats(
+            arrived_s=self.arrived_s,
+            deadline_ms=self.deadline_ms,
+            queued_ms=_ms(self.arrived_s, self.started_s),
+            prefill_ms=_ms(self.started_s, self.input_done_s),
+            decode_ms=_ms(self.input_done_s, self.ended_s),
+            first_token_ms=_ms(self.arrived_s, self.first_s),
+            total_ms=_ms(self.arrived_s, self.ended_s),
+            delivered_ms=_ms(self.arrived_s, self.delivered_s),
+            num_input_tokens=self.num_input_tokens,
+            num_output_tokens=self.num_output_tokens,
+            max_batch=self.max_batch,
+            position=self.position,
+            num_pages=self.num_pages,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +154,12 @@ class Turn:
     before the append.
     """
 
-    def __init__(self, wake: Callable[[], None], epoch: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        wake: Callable[[], None],
+        epoch: Callable[[], None],
+        deadline_ms: float | None = None,
+    ) -> None:
         self._wake = wake
         self._raise_epoch = epoch
         self._changed = threading.Condition()
@@ -98,7 +171,7 @@ class Turn:
         self._error: BaseException | None = None
         self._watchers: list[Callable[[], None]] = []
         self._cancel: Keep | None = None
-        self._stats = TurnStats(arrived_s=time.perf_counter())
+        self.clock: Final = TurnClock(deadline_ms)
         # What must stay alive while the turn runs: the session, whose end would cancel it.
         self.owner: object | None = None
 
@@ -112,7 +185,7 @@ class Turn:
     @property
     def stats(self) -> TurnStats:
         """Times and counts so far."""
-        return self._stats
+        return self.clock.stats()
 
     def __iter__(self) -> Iterator[Event]:
         """The events as they come; ends after `TurnDone`, raises the turn's error."""
@@ -143,7 +216,7 @@ class Turn:
         with self._changed:
             if not self._changed.wait_for(lambda: self._is_done, timeout_s):
                 raise TimeoutError(f"result: the turn did not end within {timeout_s} s")
-        return self._result()
+            return self._result()
 
     def __await__(self) -> Generator[Any, None, TurnResult]:
         """``await turn`` is `result` for asyncio."""
@@ -157,7 +230,7 @@ class Turn:
         ``keep="none"``: the session stands where it stood before the append.
         Events not yet read are withdrawn, and what readers already have belongs to an old epoch;
         the turn ends with ``TurnDone(reason="cancelled")``. With ``wait`` (at most about one model
-        step) the session is free again on return.
+        step, or what is ahead of a turn that waits in a queue) it is over on return.
         """
         if keep not in ("input", "none"):
             raise InvalidArgument(f"keep: expected 'input' or 'none', got {keep!r}")
@@ -186,50 +259,38 @@ class Turn:
         """Whether readers are too far behind for the turn to go on."""
         return not self._wants_all and len(self._events) - self._num_read >= MAX_UNREAD
 
-    def deliver(self, events: Sequence[Event], stats: TurnStats) -> bool:
+    def deliver(self, events: Sequence[Event]) -> bool:
         """Hand events to the readers; False, with nothing done, if a cancel came in between."""
         with self._changed:
             if self._cancel is not None:
                 return False
             self._events.extend(events)
-            self._stats = stats
             self._notify()
             return True
 
-    def end(
-        self,
-        events: Sequence[Event],
-        stats: TurnStats,
-        settle: Callable[[], None],
-        error: BaseException | None = None,
-    ) -> bool:
-        """Hand over the last events, or the error, and end the turn.
-
-        ``settle`` makes the result the session's, before any reader can see the end. False, with
-        nothing done, if a cancel came in between and these events are not its answer.
-        """
+    def withdraw(self) -> None:
+        """Take back what was delivered: it comes again, another way."""
         with self._changed:
-            last = events[-1] if events else None
-            is_cancelled = isinstance(last, TurnDone) and last.reason == "cancelled"
-            if self._cancel is not None and not is_cancelled and error is None:
-                return False
-            settle()
-            self._events.extend(events)
-            self._stats = stats
-            self._error = error
-            self._finish()
-            self._notify()
-            return True
+            self._first_valid = len(self._events)
 
-    def _finish(self) -> None:
+    def _can_end(self, events: Sequence[Event], error: BaseException | None) -> bool:
+        last = events[-1] if events else None
+        is_cancelled = isinstance(last, TurnDone) and last.reason == "cancelled"
+        return self._cancel is None or is_cancelled or error is not None
+
+    def _end(self, events: Sequence[Event], error: BaseException | None) -> None:
+        self._events.extend(events)
+        self._error = error
         self._is_done = True
         self.owner = None
+        self._notify()
 
     def _notify(self) -> None:
         self._changed.notify_all()
-        watchers, self._watchers = self._watchers, []
-        for watcher in watchers:
-            watcher()
+        if self._watchers:
+            watchers, self._watchers = self._watchers, []
+            for watcher in watchers:
+                watcher()
 
     def _has_more(self, index: int) -> bool:
         return self._is_done or max(index, self._first_valid) < len(self._events)
@@ -238,6 +299,7 @@ class Turn:
         """The event at ``index`` (None at the end) and the next index; `_has_more` held."""
         index = max(index, self._first_valid)
         if index == len(self._events):
+            self._note_delivery()
             if self._error is not None:
                 raise self._error
             return None, index
@@ -245,6 +307,8 @@ class Turn:
         self._num_read = max(self._num_read, index + 1)
         if was_full and not self.is_full:
             self._wake()
+        if self._is_done and self._num_read == len(self._events):
+            self._note_delivery()
         return self._events[index], index + 1
 
     def _read_all(self) -> None:
@@ -255,14 +319,20 @@ class Turn:
             self._wake()
 
     def _result(self) -> TurnResult:
+        self._note_delivery()
         if self._error is not None:
             raise self._error
-        return TurnResult(tuple(self._events[self._first_valid :]), self._stats)
+        return TurnResult(tuple(self._events[self._first_valid :]), self.stats)
+
+    def _note_delivery(self) -> None:
+        if not self.clock.delivered_s:
+            self.clock.delivered_s = time.perf_counter()
 
     async def _wait(self) -> TurnResult:
         self._read_all()
         await self._until(lambda: self._is_done)
-        return self._result()
+        with self._changed:
+            return self._result()
 
     async def _until(self, is_reached: Callable[[], bool]) -> None:
         loop = asyncio.get_running_loop()
@@ -280,6 +350,37 @@ class Turn:
                     if watcher in self._watchers:
                         self._watchers.remove(watcher)
                 raise
+
+
+class Ending(NamedTuple):
+    """How one turn ends: its last events, or its error."""
+
+    turn: Turn
+    events: Sequence[Event]
+    error: BaseException | None = None
+
+
+def end_together(endings: Sequence[Ending], settle: Callable[[], None]) -> bool:
+    """End turns, all or none.
+
+    ``settle`` makes the result the session's, before any reader can see an end. False, with nothing
+    done, if a cancel came in between that the events do not answer.
+    """
+    with contextlib.ExitStack() as stack:
+        for one in endings:
+            stack.enter_context(one.turn._changed)
+        if not all(one.turn._can_end(one.events, one.error) for one in endings):
+            return False
+        settle()
+        now_s = time.perf_counter()
+        for one in endings:
+            one.turn.clock.ended_s = now_s
+            one.turn._end(one.events, one.error)
+        return True
+
+
+def _ms(start_s: float, stop_s: float) -> float | None:
+    return 1000 * (stop_s - start_s) if start_s and stop_s else None
 
 
 def _watcher(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> Callable[[], None]:

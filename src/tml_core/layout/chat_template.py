@@ -25,7 +25,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tml_core.errors import CheckpointError, InvalidArgument, Unsupported
-from tml_core.layout.chunk import Chunk, compact_json
+from tml_core.layout.chunk import Chunk, ToolResult, compact_json
 from tml_core.layout.events import Event, Tags, TextToken, TurnDone, TurnEnd
 from tml_core.layout.state import AudioCarry, EncodedInput, LayoutState, Stream
 from tml_core.layout.text import TextCodec, bitmask
@@ -128,11 +128,7 @@ class ChatOutput:
         events = self._accept_open(token_id, logprob)
         if len(self.token_ids) < self._max_tokens:
             return events
-        if self._phase in (_Phase.TEXT, _Phase.THINKING, _Phase.CALL):
-            events += self._end_part()
-            self._append(ids["end_message"], Stream.FORCED)
-        self._append(ids["content_model_end_sampling"], Stream.FORCED)
-        return [*events, self._close("budget")]
+        return [*events, *self.close_now("budget")]
 
     def take_unfed(self) -> list[int]:
         """The accepted tokens the model has not been given yet; now they count as given."""
@@ -140,12 +136,28 @@ class ChatOutput:
         self._num_fed = len(self.token_ids)
         return unfed
 
-    def cut(self) -> list[Event]:
-        """Drop the answer; an empty text message stands in its place."""
+    def cut(self, num_kept: int = 0) -> list[Event]:
+        """Keep the first ``num_kept`` tokens and close the answer; without any an empty text
+        message stands in its place."""
+        kept = self.token_ids[:num_kept]
         self._reset()
-        for name in ("content_text", "end_message", "content_model_end_sampling"):
-            self._append(self._layout.ids[name], Stream.FORCED)
-        return [self._close("cancelled")]
+        for token_id in kept:
+            events = self.accept(token_id, 0.0)
+            if self.is_done:
+                return events[-1:]
+        if not kept:
+            for name in ("content_text", "end_message"):
+                self._append(self._layout.ids[name], Stream.FORCED)
+        return self.close_now("cancelled")[-1:]
+
+    def close_now(self, reason: TurnEnd) -> list[Event]:
+        """Close the answer with what it holds."""
+        events: list[Event] = []
+        if self._phase in (_Phase.TEXT, _Phase.THINKING, _Phase.CALL):
+            events += self._end_part()
+            self._append(self._layout.ids["end_message"], Stream.FORCED)
+        self._append(self._layout.ids["content_model_end_sampling"], Stream.FORCED)
+        return [*events, self._close(reason)]
 
     def _accept_open(self, token_id: int, logprob: float) -> list[Event]:
         ids = self._layout.ids
@@ -221,6 +233,7 @@ class ChatLayout:
     """
 
     name: Final = "inkling chat"
+    knows_ticks: Final = False
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
         if tokenizer is None:
@@ -285,7 +298,7 @@ class ChatLayout:
         picture, text. Raises as `MicroTurnLayout.encode_input` does; ``state`` stays valid."""
         writer = _Writer(self, _checked(state))
         for item in chunk.items:
-            writer.tool_result(item.call_id, item.text(), item.is_error)
+            writer.tool_result(item, item.name or writer.state.name_of(item.call_id))
         if chunk.audio is not None:
             writer.audio(chunk.audio)
         if chunk.frames:
@@ -315,6 +328,13 @@ class ChatLayout:
         """The answer after a commit; None after a chunk, which asks nothing."""
         checked = _checked(state)
         return ChatOutput(self, checked, epoch, max_tokens) if checked.is_committed else None
+
+    def encode_result(self, item: ToolResult, name: str) -> tuple[int, ...]:
+        """The message that holds a result of the tool ``name``."""
+        ids, encode = self.ids, self.codec.encode
+        kind = "content_tool_error" if item.is_error else "content_text"
+        head = (ids["message_tool"], *encode(name), ids[kind])
+        return (*head, *encode(item.text()), ids["end_message"])
 
     @property
     def audio_carry(self) -> AudioCarry:
@@ -376,13 +396,9 @@ class _Writer:
         self._segment(Image(patches=patches), len(patches))
         self.tokens(ids["end_message"])
 
-    def tool_result(self, call_id: str, text: str, is_error: bool) -> None:
-        name = self.state.name_of(call_id)
-        ids, encode = self._layout.ids, self._layout.codec.encode
-        kind = "content_tool_error" if is_error else "content_text"
+    def tool_result(self, item: ToolResult, name: str) -> None:
         self.close_part()
-        self.tokens(ids["message_tool"], *encode(name), ids[kind], *encode(text))
-        self.tokens(ids["end_message"])
+        self.tokens(*self._layout.encode_result(item, name))
 
     def close_part(self) -> None:
         ids = self._layout.ids

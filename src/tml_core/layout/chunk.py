@@ -20,16 +20,21 @@ __all__ = ["Chunk", "ToolResult", "as_chunk"]
 class ToolResult:
     """The answer to a `ToolCall`. ``content``: text, or any JSON value, which is written as JSON.
 
-    Raises InvalidType or InvalidArgument if the content is not JSON.
+    ``name``: the tool, for a result of something the model did not call (``call_id`` is then free);
+    None takes the name from the call. Raises InvalidType or InvalidArgument if the content is not
+    JSON.
     """
 
     call_id: str
     content: Any
     is_error: bool = False
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.call_id, str):
             raise InvalidType(f"call_id: expected str, got {type(self.call_id).__name__}")
+        if self.name is not None and not isinstance(self.name, str):
+            raise InvalidType(f"name: expected str, got {type(self.name).__name__}")
         self.text()
 
     def text(self) -> str:

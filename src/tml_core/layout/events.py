@@ -23,7 +23,7 @@ __all__ = [
     "TurnEnd",
 ]
 
-TurnEnd = Literal["silence", "end", "call", "budget", "input", "cancelled"]
+TurnEnd = Literal["silence", "end", "call", "budget", "input", "cancelled", "degraded"]
 
 
 class Tags(TypedDict):
@@ -91,7 +91,9 @@ class Silence(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Notice(Event):
-    """Something the runtime did. ``kind``: "evicted", "padded" or "waiting"; ``data``: numbers."""
+    """Something the runtime did. ``kind``: "evicted", "padded", "waiting", "dropped" (tool results
+    whose call was undone) or "degraded" (``data["policy"]`` says how); ``data``: what and how much.
+    """
 
     kind: str
     message: str
@@ -104,7 +106,7 @@ class TurnDone(Event):
 
     ``reason``: "silence"; "end" (the model closed the tick or the answer); "call" (closed after a
     tool call); "budget" (the token budget was used up); "input" (nothing was asked of the model);
-    "cancelled".
+    "cancelled"; "degraded" (closed early, or not begun, to keep the clock: a `Notice` says which).
     """
 
     reason: TurnEnd

@@ -26,7 +26,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tml_core.errors import CheckpointError, InvalidArgument, Unsupported
-from tml_core.layout.chunk import Chunk, compact_json
+from tml_core.layout.chunk import Chunk, ToolResult, compact_json
 from tml_core.layout.events import Event, Silence, Tags, TextToken, TurnDone, TurnEnd
 from tml_core.layout.state import AudioCarry, EncodedInput, LayoutState, Stream
 from tml_core.layout.text import TextCodec, bitmask
@@ -178,11 +178,22 @@ class TickOutput:
         self._num_fed = len(self.token_ids)
         return unfed
 
-    def cut(self) -> list[Event]:
-        """Drop all output and close the half with ``<|/out|>`` alone."""
+    def cut(self, num_kept: int = 0) -> list[Event]:
+        """Keep the first ``num_kept`` tokens and close the half after them with ``<|/out|>``."""
+        kept = self.token_ids[:num_kept]
         self._reset()
+        for token_id in kept:
+            events = self.accept(token_id, 0.0)
+            if self.is_done:
+                return events[-1:]
         self._append(self._grammar.tokens.end_out, Stream.FORCED)
         return [self._close("cancelled")]
+
+    def close_now(self, reason: TurnEnd) -> list[Event]:
+        """Close the half with what it holds: ``<|/out|>``, or ``<|silence|>`` without a token."""
+        ids = self._grammar.tokens
+        self._append(ids.end_out if self.token_ids else ids.silence, Stream.FORCED)
+        return [self._close(reason)]
 
     def _accept_text(self, token_id: int, logprob: float) -> list[Event]:
         self._append(token_id, Stream.TEXT)
@@ -240,6 +251,7 @@ class MicroTurnLayout:
     """
 
     name: Final = "micro-turn v1"
+    knows_ticks: Final = True
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
         if tokenizer is None:
@@ -378,15 +390,16 @@ class MicroTurnLayout:
         size = self.config.vision.patch_size
         return Image(patches=image_patches(frames[0], second, patch_size=size))
 
+    def encode_result(self, item: ToolResult, name: str) -> tuple[int, ...]:
+        """The ids of a result of the tool ``name``; they may take several ticks to go in."""
+        kind = "error" if item.is_error else "content"
+        return self._bracketed({"call_id": item.call_id, "name": name, kind: item.content})
+
     def _queue(self, chunk: Chunk, state: MicroTurnState) -> tuple[tuple[int, ...], ...]:
         """The runs of ids that ``chunk`` adds to what waits: tool results first, then text."""
         runs = []
         for item in chunk.items:
-            name = state.name_of(item.call_id)
-            kind = "error" if item.is_error else "content"
-            runs.append(
-                self._bracketed({"call_id": item.call_id, "name": name, kind: item.content})
-            )
+            runs.append(self.encode_result(item, item.name or state.name_of(item.call_id)))
         if chunk.text:
             runs.append(self.codec.encode(chunk.text))
         if runs and not self._budget:

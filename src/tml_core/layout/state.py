@@ -12,7 +12,7 @@ import torch
 
 from tml_core.errors import InvalidArgument, SnapshotError
 from tml_core.layout.chunk import Chunk
-from tml_core.layout.events import Event
+from tml_core.layout.events import Event, TurnEnd
 from tml_core.media.dmel import DmelConfig, DmelState, DmelStream
 from tml_core.media.segments import Block, Segment
 from tml_core.model.config import AudioConfig
@@ -145,8 +145,12 @@ class OutputHalf(Protocol):
     def take_unfed(self) -> list[int]:
         """The accepted tokens the model has not been given yet; now they count as given."""
 
-    def cut(self) -> list[Event]:
-        """Drop all output, close the half the shortest valid way."""
+    def cut(self, num_kept: int = 0) -> list[Event]:
+        """Keep the first ``num_kept`` tokens, drop the rest, close the half the shortest valid way;
+        all of it counts as not given to the model. Returns what closed it."""
+
+    def close_now(self, reason: TurnEnd) -> list[Event]:
+        """Close the half with what it holds; without a token it is spelled as silence."""
 
 
 class Layout(Protocol):
@@ -155,6 +159,10 @@ class Layout(Protocol):
     @property
     def name(self) -> str:
         """What the layout is called in snapshots."""
+
+    @property
+    def knows_ticks(self) -> bool:
+        """Whether every turn is a tick that the model answers."""
 
     def initial_state(self) -> LayoutState:
         """The state of an empty session."""
