@@ -82,6 +82,11 @@ inline int atomicAdd(int* target, int value) {
   *target += value;
   return before;
 }
+inline unsigned atomicOr(unsigned* target, unsigned bits) {
+  const unsigned before = *target;
+  *target |= bits;
+  return before;
+}
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

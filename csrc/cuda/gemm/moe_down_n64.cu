@@ -1,0 +1,5 @@
+#include "cuda/moe.h"
+
+namespace tml::cuda {
+template void moe_down<64, 1>(const DownOp<64, 1>::Params&, const Launch&, std::int64_t);
+}  // namespace tml::cuda
