@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tml_core.engine.engine import Admission
 from tml_core.engine.host import (
     Host,
     SessionOptions,
@@ -32,8 +34,9 @@ from tml_core.engine.host import (
 from tml_core.engine.job import Job
 from tml_core.engine.model import Model
 from tml_core.engine.sampler import SamplingParams
-from tml_core.engine.seat import MAX_PENDING, Degrade, Part, Seat, TickRecord
+from tml_core.engine.seat import MAX_PENDING, Attachment, Degrade, Part, Seat, TickRecord
 from tml_core.engine.session_file import read_session, write_session
+from tml_core.engine.stats import EngineStats
 from tml_core.engine.turn import Turn
 from tml_core.errors import (
     InvalidArgument,
@@ -54,6 +57,13 @@ from tml_core.sequence.values import Evicted, Retention
 __all__ = ["Engine", "Session", "SessionInfo", "SessionMark"]
 
 T = TypeVar("T")
+
+
+class Runner(Protocol):
+    """What `Session.attach` takes: `tml_core.background.BackgroundRunner`."""
+
+    def bind(self, session: Any, seat: Seat) -> Attachment:
+        """Tie a session to the runner."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +111,18 @@ class Engine:
 
     ``max_sessions``: how many may be open at once, forks included; at most what the model was
     loaded for. While it is open the model's sequences belong to it: use the model through sessions.
+    ``admission``: "capacity" refuses a session with Overloaded when, by the steps measured so far,
+    a tick of all of them at once would take longer than 200 ms in one case of a hundred.
     Raises InvalidArgument for a bad count or a model that another engine runs.
     """
 
-    def __init__(self, model: Model, *, max_sessions: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_sessions: int | None = None,
+        admission: Admission = "none",
+    ) -> None:
         if not isinstance(model, Model):
             raise InvalidType(f"model: expected Model, got {type(model).__name__}")
         num_slots = model.store.kv.num_slots
@@ -117,7 +135,9 @@ class Engine:
                 f"got {wanted}"
             )
         layout = layout_for(model.config, model.tokenizer)
-        loop = new_loop(model, layout, wanted)
+        if admission not in get_args(Admission):
+            raise InvalidArgument(f"admission: expected 'none' or 'capacity', got {admission!r}")
+        loop = new_loop(model, layout, wanted, admission)
         self._host: Final = Host(loop, model, layout)
         self._finalizer = weakref.finalize(self, loop.shutdown, wait=False)
 
@@ -139,7 +159,8 @@ class Engine:
     ) -> "Session":
         """A new session in this engine; arguments as for `Session`.
 
-        Raises PoolExhausted when all are in use, SessionClosed after `close`.
+        Raises PoolExhausted when all are in use, Overloaded when admission finds no capacity,
+        SessionClosed after `close`.
         """
         options = SessionOptions.checked(
             self._host.layout, system, tools, seed, sampling, retention, effort, degrade
@@ -158,6 +179,10 @@ class Engine:
     def num_sessions(self) -> int:
         """Sessions that are open."""
         return self._host.loop.num_sessions
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters of this moment; cheap, and does not wait for the running step."""
+        return self._host.loop.stats()
 
     @property
     def is_closed(self) -> bool:
@@ -338,6 +363,22 @@ class Session:
             state.name_of(call_id)
             seat.waiting_items = (*seat.waiting_items, item)
 
+    def attach(self, runner: Runner) -> None:
+        """Let a `BackgroundRunner` take the calls this session's model makes and put results in.
+
+        Calls of the runner's names become jobs; other names stay the caller's, and malformed calls
+        are answered with what is wrong. Closing the session ends its jobs. Forks and restored
+        sessions are not attached. Raises InvalidArgument if one is attached already.
+        """
+        seat = self._seat
+        seat.require_open("attach")
+        attachment = runner.bind(self, seat)
+        with seat.lock:
+            seat.require_open("attach")
+            if seat.attachment is not None:
+                raise InvalidArgument("attach: expected a session without a runner, it has one")
+            seat.attachment = attachment
+
     # Moving.
 
     def mark(self) -> SessionMark:
@@ -446,6 +487,12 @@ class Session:
         """The last hour of ticks in words, oldest first."""
         with self._seat.lock:
             return tuple(self._seat.transcript)
+
+    def recent(self, count: int) -> tuple[TickRecord, ...]:
+        """The last ``count`` of `transcript`, oldest first; costs no more than that many."""
+        with self._seat.lock:
+            last = islice(reversed(self._seat.transcript), max(0, count))
+            return tuple(last)[::-1]
 
     @property
     def model(self) -> Model:

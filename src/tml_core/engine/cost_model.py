@@ -7,6 +7,7 @@ __all__ = ["CostModel"]
 _FORGET: Final = 0.995  # weight of a step after the next; the memory is some 200 steps
 _CLIP: Final = 3.0  # a residual counts for at most this many typical ones
 _FIRST_STEPS: Final = 8
+_MANY: Final = 1 << 30
 
 
 class CostModel:
@@ -34,12 +35,25 @@ class CostModel:
         """How much longer than expected a step takes in the worst of a hundred, as a factor."""
         return self._ratio
 
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Seconds of any step, of a position more and of a sequence more."""
+        a, b, c = self._weights
+        return max(0.0, a), max(0.0, b), max(0.0, c)
+
     def step_s(self, num_tokens: int, num_rows: int) -> float:
         """Seconds of a step of ``num_tokens`` positions in ``num_rows`` sequences; 0 at first."""
         if not self.is_learnt:
             return 0.0
         a, b, c = self._weights
         return max(0.0, a + b * num_tokens + c * num_rows)
+
+    def num_tokens(self, seconds: float, num_rows: int) -> int:
+        """Positions that a step of ``num_rows`` sequences may have to take ``seconds``."""
+        a, b, c = self._weights
+        if not self.is_learnt or b <= 0.0:
+            return _MANY
+        return max(0, int((seconds - a - c * num_rows) / b))
 
     def learn(self, num_tokens: int, num_rows: int, seconds: float) -> None:
         """Take in what a step took."""

@@ -16,25 +16,33 @@ import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from typing import Final, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from tml_core.engine import turn as turn_module
 from tml_core.engine.cost_model import CostModel
 from tml_core.engine.job import Job
 from tml_core.engine.runner import StepInput
 from tml_core.engine.sampler import sample_rows
 from tml_core.engine.scheduler import compose
 from tml_core.engine.seat import Seat
-from tml_core.engine.stats import EngineCounters
+from tml_core.engine.stats import EngineCounters, EngineStats
 from tml_core.engine.turn import Ending, end_together
-from tml_core.errors import PoolExhausted, SessionClosed
+from tml_core.errors import Overloaded, PoolExhausted, SessionClosed
+from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import Block, Segment
 from tml_core.ops.lm_head import SampleRows
 from tml_core.sequence.sequence import Sequence
+from tml_core.sequence.store import SequenceStore
 
-__all__ = ["EngineLoop", "StepModel"]
+__all__ = ["Admission", "EngineLoop", "StepModel"]
+
+Admission = Literal["none", "capacity"]
+
+# When a session that was refused may ask again.
+_RETRY_MS: Final = 1000
 
 T = TypeVar("T")
 _Inbox = queue.SimpleQueue[Callable[[], None] | None]
@@ -62,6 +70,10 @@ class StepModel(Protocol):
     def runner(self) -> _Runner:
         """Appends all inputs or none; returns the hidden states [T, D] of each."""
 
+    @property
+    def store(self) -> SequenceStore:
+        """The memory of its sequences."""
+
     def prepare(self, sequence: Sequence, segments: SequenceOf[Segment | Block]) -> StepInput:
         """Embed what a sequence is about to append."""
 
@@ -69,8 +81,9 @@ class StepModel(Protocol):
 class EngineLoop:
     """The engine thread and its inbox.
 
-    ``max_sessions`` bounds the seats. With ``stops_when_empty`` the thread ends with the last one.
-    ``warm_up`` is run in the thread before all else; its errors are of no consequence.
+    ``max_sessions`` bounds the seats, ``admission`` by what steps were measured to take. With
+    ``stops_when_empty`` the thread ends with the last one. ``warm_up`` is run in the thread before
+    all else; its errors are of no consequence.
     """
 
     def __init__(
@@ -78,11 +91,13 @@ class EngineLoop:
         model: StepModel,
         max_sessions: int,
         *,
+        admission: Admission = "none",
         stops_when_empty: bool = False,
         warm_up: Callable[[], None] | None = None,
     ) -> None:
         self._model = model
         self.max_sessions = max_sessions
+        self._admission = admission
         self._stops_when_empty = stops_when_empty
         # Its put may be called from a finalizer, whatever the thread was doing at that moment.
         # None in it ends the thread.
@@ -148,10 +163,7 @@ class EngineLoop:
         def add() -> Seat:
             if self._is_stopping:
                 raise SessionClosed("engine: it is closed")
-            if len(self._seats) >= self.max_sessions:
-                raise PoolExhausted(
-                    f"engine: all {self.max_sessions} sessions are open; close one first"
-                )
+            self._admit()
             seat = make()
             self._seats.add(seat)
             added.append(seat)
@@ -184,6 +196,33 @@ class EngineLoop:
         """Open seats."""
         return 0 if self._is_shut else self.call(lambda: len(self._seats))
 
+    def stats(self) -> EngineStats:
+        """Gauges and counters; does not wait for the step that is running."""
+        seats, counters = list(self._seats), self.counters
+        store = self._model.store
+        pools = store.global_pool, store.sliding_pool
+        global_free, sliding_free = (pool.free_pages for pool in pools)
+        return EngineStats(
+            num_sessions=len(seats),
+            num_parked=0,
+            num_turns=sum(len(seat.turns) for seat in seats),
+            global_pages_free=global_free,
+            global_pages_held=pools[0].num_pages - global_free,
+            sliding_pages_free=sliding_free,
+            sliding_pages_held=pools[1].num_pages - sliding_free,
+            turns=dict(counters.turns),
+            misses=counters.misses,
+            degraded=dict(counters.degraded),
+            refused=counters.refused,
+            parked=counters.parked,
+            resumed=counters.resumed,
+            steps=counters.steps,
+            step_tokens=counters.step_tokens,
+            kernel_s=counters.kernel_s,
+            host_s=counters.host_s,
+            capacity=self._capacity(),
+        )
+
     def shutdown(self, *, wait: bool = True) -> None:
         """Close all seats and end the thread; a second time does nothing."""
         self._inbox.put(None)
@@ -211,8 +250,33 @@ class EngineLoop:
     def _receive(self) -> None:
         """Do what was posted; without work, wait for it."""
         if all(job.is_resting for job in self._jobs):
-            self._do(self._inbox.get())
+            with contextlib.suppress(queue.Empty):
+                self._do(self._inbox.get(timeout=self._next_alarm_s()))
         self._drain()
+        self._give_up_unread()
+
+    def _next_alarm_s(self) -> float | None:
+        """Seconds until something is to be done that nobody will post; None if nothing is."""
+        rested = [one.rested_since() for one in self._jobs]
+        first = min((since_s for since_s in rested if since_s is not None), default=None)
+        if first is None:
+            return None
+        return max(0.0, first + turn_module.READER_PATIENCE_S - time.perf_counter())
+
+    def _give_up_unread(self) -> None:
+        """End the turns whose readers stay away."""
+        for job in self._jobs:
+            since_s = job.rested_since()
+            if since_s is None:
+                continue
+            if time.perf_counter() - since_s >= turn_module.READER_PATIENCE_S:
+                job.fail(
+                    Overloaded(
+                        f"turn: {turn_module.MAX_UNREAD} events were not read; it was given up",
+                        reason="reader",
+                        retry_after_ms=0,
+                    )
+                )
 
     def _drain(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -231,12 +295,16 @@ class EngineLoop:
         kernel_s = self.counters.kernel_s
         ready = [job for job in self._jobs if not job.is_resting]
         bringing = [job for job in ready if self._guarded(job, lambda job=job: self._begin(job))]  # type: ignore[misc]
+        size = (0, 0)
         if bringing:
-            self._run(compose(bringing, self._model.runner.max_step_tokens))
+            max_tokens = self._model.runner.max_step_tokens
+            size = self._run(compose(bringing, max_tokens, self.costs, begin_s))
         if ready:
             self._follow_up()
             busy_s = time.perf_counter() - begin_s
             self.counters.host_s += busy_s - (self.counters.kernel_s - kernel_s)
+            if size != (0, 0):
+                self.costs.learn(*size, busy_s)
 
     def _begin(self, job: Job) -> bool:
         return job.begin_step() and self._prepare(job)
@@ -248,8 +316,8 @@ class EngineLoop:
             job.prepare(step_input)
         return True
 
-    def _run(self, step: SequenceOf[tuple[Job, int]]) -> None:
-        begin_s = time.perf_counter()
+    def _run(self, step: SequenceOf[tuple[Job, int]]) -> tuple[int, int]:
+        """One step; returns how many positions of how many sequences went in."""
         done = self._append(step)
         batch_size = len(done)
         wanting = [
@@ -262,11 +330,10 @@ class EngineLoop:
         ]
         if wanting:
             self._sample(wanting, batch_size)
-        if batch_size:
-            num_tokens = sum(len(h_TD) for _, h_TD in done)
-            self.counters.steps += 1
-            self.counters.step_tokens += num_tokens
-            self.costs.learn(num_tokens, batch_size, time.perf_counter() - begin_s)
+        num_tokens = sum(len(h_TD) for _, h_TD in done)
+        self.counters.steps += bool(done)
+        self.counters.step_tokens += num_tokens
+        return num_tokens, batch_size
 
     def _append(self, step: SequenceOf[tuple[Job, int]]) -> list[tuple[Job, Tensor]]:
         """Append what the turns bring. If they cannot go together, each goes alone, so that an
@@ -337,6 +404,36 @@ class EngineLoop:
         finally:
             self.counters.kernel_s += time.perf_counter() - begin_s
 
+    def _admit(self) -> None:
+        """Raise PoolExhausted or Overloaded unless there is room for one more session."""
+        if len(self._seats) >= self.max_sessions:
+            self.counters.refused += 1
+            raise PoolExhausted(
+                f"engine: all {self.max_sessions} sessions are open; close one first"
+            )
+        capacity = self._capacity() if self._admission == "capacity" else None
+        if capacity is not None and len(self._seats) >= max(1, capacity):
+            self.counters.refused += 1
+            raise Overloaded(
+                f"engine: {len(self._seats)} sessions are open, and with one more a tick in a "
+                f"hundred would take longer than {TICK_MS} ms",
+                reason="capacity",
+                retry_after_ms=_RETRY_MS,
+            )
+
+    def _capacity(self) -> int | None:
+        """Sessions whose ticks all at once are over within one tick, with the tail of late."""
+        costs, counters = self.costs, self.counters
+        if not costs.is_learnt or not counters.tick_input:
+            return None
+        num_input, num_output = counters.tick_input, counters.tick_output
+        fixed_s, token_s, row_s = costs.weights
+        # One step of inputs, then one for each token; the tail is of a step, and holds for a tick
+        # all the more.
+        budget_s = TICK_MS / 1000 / costs.tail - (1 + num_output) * fixed_s
+        session_s = (num_input + num_output) * token_s + (1 + num_output) * row_s
+        return max(0, int(budget_s / max(session_s, 1e-9)))
+
     def _close_seat(self, seat: Seat, error: BaseException | None = None) -> None:
         if seat not in self._seats:
             return
@@ -352,6 +449,8 @@ class EngineLoop:
         if waiting:
             endings = [Ending(part.turn, (), error) for part in waiting]
             end_together(endings, lambda: seat.settle(waiting))
+        if seat.attachment is not None:
+            seat.attachment.closed()
         seat.sequence.close()
         if self._stops_when_empty and not self._seats:
             self._is_stopping = True

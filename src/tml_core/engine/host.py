@@ -11,7 +11,7 @@ from typing import Any, Final, Self, get_args
 
 import numpy as np
 
-from tml_core.engine.engine import EngineLoop
+from tml_core.engine.engine import Admission, EngineLoop
 from tml_core.engine.model import Model, load_model
 from tml_core.engine.sampler import SampleRequest, SamplingParams, sample_rows
 from tml_core.engine.seat import Degrade, Seat
@@ -101,12 +101,16 @@ def new_seat(host: Host, options: SessionOptions) -> Seat:
     return seat
 
 
-def new_loop(model: Model, layout: AnyLayout, max_sessions: int) -> EngineLoop:
+def new_loop(
+    model: Model, layout: AnyLayout, max_sessions: int, admission: Admission
+) -> EngineLoop:
     """An engine of its own for ``model``; raises InvalidArgument if one runs it already."""
     with _loops_gate:
         if _running_loop(model) is not None:
             raise InvalidArgument("model: another engine runs it; close that one first")
-        loop = EngineLoop(model, max_sessions, warm_up=lambda: _warm_up(model, layout))
+        loop = EngineLoop(
+            model, max_sessions, admission=admission, warm_up=lambda: _warm_up(model, layout)
+        )
         _loops[model] = weakref.ref(loop)
         return loop
 

@@ -6,11 +6,10 @@ silent output half that the model is not asked for.
 
 import math
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -38,6 +37,9 @@ from tml_core.media.segments import Block, Segment, Tokens
 from tml_core.sequence.sequence import Mark
 
 __all__ = ["Costs", "Job"]
+
+# After so long a turn without a deadline is as urgent as one whose deadline is now.
+_PATIENCE_S: Final = 2.0
 
 
 class Costs(Protocol):
@@ -77,6 +79,7 @@ class Job:
         self._events: list[Event] = []
         self._fresh: list[Event] = []
         self._h_D: Tensor | None = None
+        self._rested_since_s: float | None = None
         self.counters = EngineCounters()  # the engine puts its own in this place
 
     @property
@@ -98,6 +101,20 @@ class Job:
     def deadline_s(self) -> float:
         """When its last turn should have ended, in `time.perf_counter`; inf without a deadline."""
         return self.turn.clock.deadline_s
+
+    @property
+    def due_s(self) -> float:
+        """``deadline_s``; a turn without one may wait for others, but not for ever."""
+        clock = self.turn.clock
+        return min(clock.deadline_s, clock.arrived_s + _PATIENCE_S)
+
+    def rested_since(self) -> float | None:
+        """Since when it waits for its readers; None if it does not."""
+        if not self.is_resting:
+            self._rested_since_s = None
+        elif self._rested_since_s is None:
+            self._rested_since_s = time.perf_counter()
+        return self._rested_since_s
 
     # What it brings to a step.
 
@@ -260,9 +277,7 @@ class Job:
                         encoded = seat.encode(part, state)
                 except Exception as error:
                     self._parts.remove(part)
-                    seat_settles = self._settle_one(part)
-                    end_together([Ending(part.turn, (), error)], seat_settles)
-                    self.counters.turns["failed"] += 1
+                    self._end_some([part], [Ending(part.turn, (), error)])
                     continue
             else:
                 part.tick = state.tick
@@ -341,8 +356,7 @@ class Job:
                 self._end(endings, None)
                 return False
             self._begin_again([part for part in self._parts if part not in undone])
-            if end_together(endings, lambda: self.seat.settle(undone)):
-                self.counters.turns["cancelled"] += len(undone)
+            self._end_some(undone, endings)
         is_cancelled = self.turn.cancelled is not None and self._phase != _Phase.QUEUED
         return not is_cancelled or not self._end_cancelled()
 
@@ -410,30 +424,42 @@ class Job:
             for part in parts:
                 part.turn.clock.position, part.turn.clock.num_pages = tip, num_pages
         records = [] if state is None else self._records(endings)
-        if not end_together(endings, lambda: self.seat.settle(parts, state, records)):
+        if not self._end_some(parts, endings, state, records):
             return  # a cancel came first; the next step begins with it
         self._phase = _Phase.DONE
         for mark in (self._before, self._after_input):
             if mark is not None:
                 mark.release()
-        self._count(endings)
 
-    def _count(self, endings: list[Ending]) -> None:
+    def _end_some(
+        self,
+        parts: SequenceOf[Part],
+        endings: SequenceOf[Ending],
+        state: LayoutState | None = None,
+        records: SequenceOf[TickRecord] = (),
+    ) -> bool:
+        def settle() -> None:
+            self.seat.settle(parts, state, records)
+            self._count(endings)
+
+        return end_together(endings, settle)
+
+    def _count(self, endings: SequenceOf[Ending]) -> None:
         counters = self.counters
         for turn, events, error in endings:
             last = events[-1] if events else None
             reason = last.reason if isinstance(last, TurnDone) else ""
             is_cancelled = reason == "cancelled"
             counters.turns["failed" if error else "cancelled" if is_cancelled else "done"] += 1
-            counters.misses += turn.clock.ended_s > turn.clock.deadline_s
+            clock = turn.clock
+            counters.misses += clock.ended_s > clock.deadline_s
+            if not error and not is_cancelled and clock.deadline_s < math.inf:
+                counters.note_tick(clock.num_input_tokens, clock.num_output_tokens)
             if reason == "degraded":
                 policy = self.seat.degrade
                 counters.degraded[policy] += 1
 
     # Small parts.
-
-    def _settle_one(self, part: Part) -> Callable[[], None]:
-        return lambda: self.seat.settle([part])
 
     def _state_after(self, part: Part) -> LayoutState:
         """The state after a part's input half."""

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from tml_core.engine.sampler import SamplingParams
 from tml_core.engine.turn import Turn
@@ -84,6 +84,20 @@ class Part:
     notices: list[Event] = field(default_factory=list)
 
 
+class Attachment(Protocol):
+    """What a background runner is to the engine. Every call returns at once; the first two come
+    with the seat's lock held."""
+
+    def due(self, seat: "Seat", chunk: Chunk, state: LayoutState) -> tuple[ToolResult, ...]:
+        """Results that enter with ``chunk``, whose input half is about to be encoded."""
+
+    def settled(self, records: SequenceOf[TickRecord]) -> None:
+        """Ticks ended, and stand."""
+
+    def closed(self) -> None:
+        """The session is gone."""
+
+
 @dataclass(eq=False)
 class Seat:
     """One session's part of the engine. ``lock`` guards all fields below it.
@@ -109,6 +123,7 @@ class Seat:
     waiting_items: tuple[ToolResult, ...] = ()
     transcript: deque[TickRecord] = field(default_factory=lambda: deque(maxlen=MAX_TRANSCRIPT))
     is_closed: bool = False
+    attachment: Attachment | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -150,8 +165,10 @@ class Seat:
         chunk = part.chunk
         if chunk is None:
             raise TmlError("turn: it brings nothing to encode")
+        if self.attachment is not None:
+            self.waiting_items += self.attachment.due(self, chunk, state)
         waiting = self.waiting_items
-        known = tuple(one for one in waiting if state.knows(one.call_id))
+        known = tuple(one for one in waiting if one.name or state.knows(one.call_id))
         if known:
             chunk = replace(chunk, items=(*known, *chunk.items), is_idle=False)
         part.encoded = self.layout.encode_input(chunk, state)
@@ -188,6 +205,9 @@ class Seat:
                     self.take_back(part)
             else:
                 self.state = state
-                self.transcript.extend(records)
+                ended = tuple(records)
+                self.transcript.extend(ended)
+                if self.attachment is not None:
+                    self.attachment.settled(ended)
             if not self.sequence.is_closed:
                 self.position = self.sequence.tip + len(self.state.unsent)

@@ -6,6 +6,7 @@ from typing import Final, Literal
 __all__ = ["EngineCounters", "EngineStats", "Outcome"]
 
 Outcome = Literal["done", "cancelled", "failed"]
+_KEEP: Final = 0.02
 _POLICIES: Final = ("emit_silence", "shrink_output", "coalesce_input")
 
 
@@ -19,6 +20,8 @@ class EngineStats:
     the policy applied. ``refused``: sessions and appends turned away. ``parked``, ``resumed``: how
     often. ``steps``, ``step_tokens``: model steps and the positions in them. ``kernel_s``: time in
     them and in the encoders and the sampler; ``host_s``: the rest of the engine thread's work.
+    ``capacity``: sessions whose ticks, all at once, would be over within 200 ms in 99 of 100 cases,
+    going by the steps and ticks of late; None before there were any.
     """
 
     num_sessions: int
@@ -38,6 +41,7 @@ class EngineStats:
     step_tokens: int
     kernel_s: float
     host_s: float
+    capacity: int | None
 
     @property
     def host_us_per_turn(self) -> float:
@@ -62,3 +66,10 @@ class EngineCounters:
     step_tokens: int = 0
     kernel_s: float = 0.0
     host_s: float = 0.0
+    tick_input: float = 0.0  # positions of a tick's input half, lately
+    tick_output: float = 0.0  # tokens of its output half, near the most seen lately
+
+    def note_tick(self, num_input: int, num_output: int) -> None:
+        """Take in what a tick was made of."""
+        self.tick_input += _KEEP * (num_input - self.tick_input) if self.tick_input else num_input
+        self.tick_output = max(num_output, self.tick_output * (1 - _KEEP))

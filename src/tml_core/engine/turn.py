@@ -18,6 +18,7 @@ from tml_core.layout.events import Event, TextToken, ToolCall, TurnDone
 
 __all__ = [
     "MAX_UNREAD",
+    "READER_PATIENCE_S",
     "Ending",
     "Turn",
     "TurnClock",
@@ -29,6 +30,8 @@ __all__ = [
 # The engine lets a turn rest while nobody has read this many of its events; a micro-turn has far
 # fewer, so only a long chat answer without a reader gets here.
 MAX_UNREAD: Final = 1024
+# And when it has rested so long, it is given up.
+READER_PATIENCE_S: Final = 10.0
 
 Keep = Literal["input", "none"]
 
@@ -151,7 +154,8 @@ class Turn:
     """One append under way. Iterate it (``for`` or ``async for``), `result` it or ``await`` it.
 
     An error of the turn is raised wherever it is read; the session then stands where it stood
-    before the append.
+    before the append. A turn whose readers have left `MAX_UNREAD` events for `READER_PATIENCE_S`
+    ends with `Overloaded`.
     """
 
     def __init__(
@@ -371,10 +375,11 @@ def end_together(endings: Sequence[Ending], settle: Callable[[], None]) -> bool:
             stack.enter_context(one.turn._changed)
         if not all(one.turn._can_end(one.events, one.error) for one in endings):
             return False
-        settle()
         now_s = time.perf_counter()
         for one in endings:
             one.turn.clock.ended_s = now_s
+        settle()
+        for one in endings:
             one.turn._end(one.events, one.error)
         return True
 
