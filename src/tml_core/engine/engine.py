@@ -137,7 +137,12 @@ class EngineLoop:
                 future.set_exception(error)
 
         self._post(run)
-        return future.result()
+        try:
+            return future.result()
+        finally:
+            # An error's traceback holds this frame; without this the error would keep itself, and
+            # all that was passed in, until the collector comes by.
+            del future
 
     def submit(self, job: Job) -> None:
         """Queue a turn behind those that are there."""
