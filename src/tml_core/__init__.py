@@ -15,6 +15,7 @@ import torch as _torch  # noqa: F401  (its libgomp must be the one we share)
 
 if TYPE_CHECKING:
     from tml_core import errors, media
+    from tml_core.background.runner import BackgroundRunner
     from tml_core.contract import CONTRACT_VERSION
     from tml_core.engine.model import Model, load_model
     from tml_core.engine.sampler import SamplingParams
@@ -58,6 +59,7 @@ __all__ = [
     "CONTRACT_VERSION",
     "Audio",
     "AudioChunk",
+    "BackgroundRunner",
     "Block",
     "CheckpointError",
     "Chunk",
@@ -104,6 +106,7 @@ __all__ = [
 ]
 
 _HOME: Final = {
+    "background.runner": ("BackgroundRunner",),
     "contract": ("CONTRACT_VERSION",),
     "engine.model": ("Model", "load_model"),
     "engine.sampler": ("SamplingParams",),

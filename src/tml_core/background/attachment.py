@@ -1,0 +1,242 @@
+"""A session's tie to its runner: calls of the model become jobs, results become items of its ticks.
+
+The engine asks for what is due at each append, tells what ticks ended with calls, and that the
+session is closed. Nothing here waits for a job, and nothing the engine calls takes longer than a
+few list operations.
+"""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from tml_core.background.context import ContextPackage, Frame
+from tml_core.background.delivery import (
+    SILENT,
+    DeliveryPolicy,
+    Entry,
+    Floor,
+    Outbox,
+    floor,
+    least_budget,
+    split_result,
+)
+from tml_core.background.job import Deliver, Job
+from tml_core.background.updates import Cancelled, Failed, Outcome
+from tml_core.engine.seat import Seat, TickRecord
+from tml_core.errors import InvalidArgument
+from tml_core.layout.chunk import Chunk, ToolResult
+from tml_core.layout.state import LayoutState
+from tml_core.media.micro_turns import TICK_MS
+
+__all__ = ["DELEGATE", "Attachment", "Calls"]
+
+DELEGATE: Final = "background"
+
+# What the engine tells of a tick: (name, call_id, what the model wrote).
+Calls = tuple[tuple[str, str, str], ...]
+
+_NUM_FRAMES: Final = 4
+_FRAME_EVERY_TICKS: Final = 5  # pictures one second apart
+_NUM_RESULTS: Final = 64
+_CONTEXT_TICKS: Final = 1500  # five minutes
+
+
+class Attachment:
+    """Made by `BackgroundRunner.bind`; ``on_calls`` and ``on_closed`` are called in whatever thread
+    the engine is in and must return at once. ``recheck`` as for `Outbox`."""
+
+    def __init__(
+        self,
+        session: Any,
+        seat: Seat,
+        policy: DeliveryPolicy,
+        *,
+        on_calls: Callable[["Attachment", Calls], None],
+        on_closed: Callable[["Attachment"], None],
+        on_undone: Callable[[list[Job]], None],
+        recheck: Callable[["Attachment", Entry], bool],
+    ) -> None:
+        layout: Any = seat.layout
+        self._count: Callable[[ToolResult], int] = lambda item: len(
+            layout.encode_result(item, item.name or DELEGATE)
+        )
+        needed = least_budget(self._count, DELEGATE)
+        if policy.budget_tokens < needed:
+            raise InvalidArgument(
+                f"budget_tokens: expected at least {needed} for this model's tokenizer, "
+                f"got {policy.budget_tokens}"
+            )
+        self._session = weakref.ref(session)
+        self._policy = policy
+        self._on_calls = on_calls
+        self._on_closed = on_closed
+        self._on_undone = on_undone
+        self._lock = threading.Lock()  # inside the seat's lock, never around it
+        self._outbox = Outbox(policy, lambda entry: recheck(self, entry))
+        self._tick = 0
+        self._frames: deque[Frame] = deque(maxlen=_NUM_FRAMES)
+        self._results: deque[tuple[int, ToolResult]] = deque(maxlen=_NUM_RESULTS)
+        self.is_closed = False
+
+    # For the engine.
+
+    def due(self, seat: Seat, chunk: Chunk, state: LayoutState) -> tuple[ToolResult, ...]:
+        """What enters with this append, at most one item; called with the seat's lock held."""
+        with self._lock:
+            if self.is_closed:
+                return ()
+            tick = self._tick = state.tick
+            undone = self._outbox.drop_undone(state.knows)
+            self._outbox.undo(tick, seat.waiting_items)
+            while self._results and self._results[-1][0] >= tick:
+                self._results.pop()
+            if chunk.text or chunk.items or seat.waiting_items:
+                self._outbox.note_item(tick)
+            self._results.extend((tick, one) for one in (*seat.waiting_items, *chunk.items))
+            if chunk.frames:
+                self._keep_frame(chunk, tick)
+            item = None
+            if len(self._outbox) and not seat.waiting_items and not state.num_waiting:
+                item = self._outbox.take(tick, self._floor(seat, chunk, state))
+            if item is not None:
+                self._results.append((tick, item))
+        if undone:
+            self._on_undone(undone)
+        return () if item is None else (item,)
+
+    def settled(self, records: Iterable[TickRecord]) -> None:
+        """Ticks ended and stand; called with the seat's lock held."""
+        calls = tuple(call for one in records for call in one.calls)
+        if calls and not self.is_closed:
+            self._on_calls(self, calls)
+
+    def closed(self) -> None:
+        """The session is gone; its results have nowhere to go."""
+        with self._lock:
+            if self.is_closed:
+                return
+            self.is_closed = True
+            self._outbox.clear()
+        self._on_closed(self)
+
+    # For the runner.
+
+    @property
+    def session(self) -> Any:
+        """The session, None once it is collected."""
+        return self._session()
+
+    @property
+    def num_waiting(self) -> int:
+        """Results that have not entered yet, or not whole."""
+        with self._lock:
+            return len(self._outbox)
+
+    def package(self, request: str) -> ContextPackage:
+        """The last five minutes of the conversation, for a job. Not for the engine's thread."""
+        session = self.session
+        records: Sequence[TickRecord] = ()
+        if session is not None:
+            records = session.recent(_CONTEXT_TICKS)
+        with self._lock:
+            results, frames = tuple(self._results), tuple(self._frames)
+        first = records[0].tick if records else 0
+        seen = [one for one in results if one[0] >= first]
+        return ContextPackage.from_records(request, records, seen, frames, session)
+
+    def deliver(self, job: Job, outcome: Outcome, seen_tick: int, name: str | None) -> None:
+        """Let the outcome of a job wait for its moment. ``name``: of the tool, for a job the model
+        did not ask for. What was cancelled is not delivered."""
+        if isinstance(outcome, Cancelled):
+            return
+        is_error = isinstance(outcome, Failed)
+        text = outcome.reason if isinstance(outcome, Failed) else outcome.text
+        self._add(job, text, job.deliver, seen_tick, name, is_error=is_error)
+
+    def replace(self, entry: Entry, text: str, name: str | None) -> None:
+        """Somebody has looked at a result again and would rather say ``text``."""
+        with self._lock:
+            if entry.job.delivery != "waiting":
+                return
+            pieces = self._pieces(entry.job, text, entry.deliver, name, is_error=False)
+            entry.pieces = pieces
+            self._outbox.release(entry, self._tick)
+
+    def release(self, entry: Entry, *, is_seen: bool) -> None:
+        """Somebody has looked at a result again, or was to, and lets it go on as it is."""
+        with self._lock:
+            self._outbox.release(entry, self._tick if is_seen else -1)
+
+    def drop(self, entry: Entry) -> None:
+        """Somebody has looked at a result again and would rather not say it."""
+        with self._lock:
+            self._outbox.drop(entry)
+
+    @property
+    def tick(self) -> int:
+        """The last tick that was appended."""
+        return self._tick
+
+    def _add(
+        self,
+        job: Job,
+        text: str,
+        deliver: Deliver,
+        seen_tick: int,
+        name: str | None,
+        *,
+        is_error: bool,
+    ) -> None:
+        pieces = self._pieces(job, text, deliver, name, is_error=is_error)
+        with self._lock:
+            if self.is_closed:
+                return
+            ticks = int(job.ttl_s * 1000) // TICK_MS
+            entry = Entry(
+                job=job,
+                pieces=pieces,
+                deliver=deliver,
+                priority=job.priority,
+                ready_tick=self._tick,
+                expires_tick=self._tick + ticks,
+                seen_tick=seen_tick,
+            )
+            self._outbox.add(entry)
+
+    def _pieces(
+        self, job: Job, text: str, deliver: Deliver, name: str | None, *, is_error: bool
+    ) -> list[ToolResult]:
+        return split_result(
+            job.call_id or job.id,
+            name,
+            text,
+            self._count,
+            self._policy.budget_tokens,
+            is_error=is_error,
+            flags=(SILENT,) if deliver == "silent" else (),
+        )
+
+    def _floor(self, seat: Seat, chunk: Chunk, state: LayoutState) -> Floor:
+        rms = None
+        if chunk.audio is not None:
+            rms = float(np.sqrt(np.square(chunk.audio, dtype=np.float64).mean()))
+        return floor(
+            self._policy,
+            reversed(seat.transcript),
+            rms,
+            has_text=bool(chunk.text),
+            is_in_call=state.is_in_call,
+        )
+
+    def _keep_frame(self, chunk: Chunk, tick: int) -> None:
+        start_ms = tick * TICK_MS
+        while self._frames and self._frames[-1].start_ms >= start_ms:
+            self._frames.pop()
+        newest_ms = self._frames[-1].start_ms if self._frames else None
+        if newest_ms is None or start_ms - newest_ms >= _FRAME_EVERY_TICKS * TICK_MS:
+            # A copy: the caller may use the buffer again.
+            self._frames.append(Frame(np.array(chunk.frames[-1]), start_ms))
