@@ -296,6 +296,8 @@ class EngineLoop:
 
     def _step(self) -> None:
         """One ragged step of the turns that have work, and one sampling call."""
+        # Some have ended since the last step: their session was closed, or nobody read them.
+        self._follow_up()
         begin_s = time.perf_counter()
         kernel_s = self.counters.kernel_s
         ready = [job for job in self._jobs if not job.is_resting]
