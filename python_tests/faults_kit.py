@@ -5,14 +5,24 @@ early), four experts, nano's tokenizer, sound but no pictures; three text tokens
 ones a tick.
 """
 
+import functools
+import gc
 import json
 import shutil
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from tml_core import Model, load_model
+import numpy as np
+import pytest
+from torch import Tensor
+
+from tml_core import Chunk, Engine, Model, Session, Turn, load_model
 from tml_core.model.config import bundled_path
+from tml_core.ops.lm_head import SampleRows
 
 WAIT_S: Final = 300.0
 WINDOW: Final = 96
@@ -55,3 +65,152 @@ def load_tiny(
         (Path(folder) / "config.json").write_text(json.dumps(config))
         shutil.copy(bundled_path("nano") / "tokenizer.json", folder)
         return load_model(folder, max_sequences=max_sequences, max_positions=max_positions, **more)
+
+
+@functools.cache
+def tiny() -> Model:
+    """One such model for all tests."""
+    return load_tiny()
+
+
+def noise(seed: int, num_samples: int = 3200) -> Chunk:
+    """200 ms of quiet noise."""
+    pcm = np.random.default_rng(seed).uniform(-0.1, 0.1, num_samples).astype(np.float32)
+    return Chunk(audio=pcm)
+
+
+def shape(session: Session) -> tuple[Any, ...]:
+    """All that must not change when something is refused or undone (the epoch aside)."""
+    info = session.info()
+    return (
+        info.position,
+        info.tick,
+        info.media_ms,
+        info.num_waiting,
+        info.is_busy,
+        info.is_in_call,
+        info.open_calls,
+        info.num_pages,
+        info.state_hash,
+        session.token_ids().tolist(),
+        len(session.transcript()),
+    )
+
+
+def bits(session: Session) -> tuple[str, list[int]]:
+    """What the session is made of."""
+    return session.info().state_hash, session.token_ids().tolist()
+
+
+@functools.cache
+def alone(seed: int, num_ticks: int) -> tuple[str, list[int]]:
+    """The bits of a session of ``noise(0)``, ``noise(1)``, ... with nobody beside it."""
+    with Session(tiny(), seed=seed) as session:
+        for tick in range(num_ticks):
+            session.append(noise(tick)).result(WAIT_S)
+        return bits(session)
+
+
+class Others:
+    """Two sessions of an engine that go on while something happens to a third."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._sessions = [engine.open(seed=seed) for seed in (101, 102)]
+        self._turns: list[Turn] = []
+        self._num_ticks = 0
+
+    def begin_tick(self) -> None:
+        """Both have a turn open after this, in the same step as what comes next."""
+        self._turns = [session.append(noise(self._num_ticks)) for session in self._sessions]
+        self._num_ticks += 1
+
+    def end_tick(self) -> None:
+        for turn in self._turns:
+            turn.result(WAIT_S)
+
+    def assert_untouched(self) -> None:
+        """Their bits are those of sessions that were alone."""
+        self.begin_tick()
+        self.end_tick()
+        for session, seed in zip(self._sessions, (101, 102), strict=True):
+            assert bits(session) == alone(seed, self._num_ticks)
+            session.close()
+
+
+class Trap:
+    """Runs ``act`` from inside a draw of the sampler: the engine thread is then in the middle of a
+    turn. ``num_draws`` draws go by before."""
+
+    def __init__(self) -> None:
+        self._sample = tiny().backbone.sample
+        self._act: Callable[[], object] | None = None
+        self._num_draws = 0
+
+    def set(self, act: Callable[[], object], num_draws: int = 0) -> None:
+        self._num_draws, self._act = num_draws, act
+
+    def __call__(self, h_BD: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
+        act = self._act
+        if act is not None:
+            if self._num_draws == 0:
+                self._act = None
+                act()
+            self._num_draws -= 1
+        return self._sample(h_BD, rows)
+
+
+@contextmanager
+def trapped() -> Iterator[Trap]:
+    """`Trap` in the place of the tiny model's sampler."""
+    with pytest.MonkeyPatch.context() as patch:
+        trap = Trap()
+        patch.setattr(tiny().backbone, "sample", trap)
+        yield trap
+
+
+@contextmanager
+def standing_still(session: Session) -> Iterator[None]:
+    """The engine waits inside the ``with``; what is posted waits too."""
+    reached, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        reached.set()
+        assert release.wait(WAIT_S)
+
+    session._host.loop._post(hold)
+    assert reached.wait(WAIT_S)
+    try:
+        yield
+    finally:
+        release.set()
+
+
+@contextmanager
+def clean_engine(**options: Any) -> Iterator[Engine]:
+    """An engine of the tiny model. When the body is over and its sessions are closed or dropped,
+    nothing may be held: no session, turn, page or thread."""
+    with Engine(tiny(), **options) as engine:
+        free = engine.stats().global_pages_free, engine.stats().sliding_pages_free
+        yield engine
+        gc.collect()
+        assert engine.num_sessions == 0
+        stats = engine.stats()
+        assert (stats.num_sessions, stats.num_turns, stats.num_parked) == (0, 0, 0)
+        assert (stats.global_pages_held, stats.sliding_pages_held) == (0, 0)
+        assert (stats.global_pages_free, stats.sliding_pages_free) == free
+    assert_nothing_left()
+
+
+def assert_nothing_left() -> None:
+    """No session, page or engine thread, and the books agree."""
+    for thread in engine_threads():
+        thread.join(WAIT_S)
+    assert engine_threads() == []
+    report = tiny().store.audit()
+    assert (report.num_sequences, report.num_marks) == (0, 0)
+    assert (report.global_pages_held, report.sliding_pages_held) == (0, 0)
+
+
+def engine_threads() -> list[threading.Thread]:
+    """Engine threads that are alive."""
+    return [one for one in threading.enumerate() if one.name == "tml-engine"]

@@ -8,8 +8,6 @@ that live are lived again, alone, and must have the same ids and the same hash.
 
 import random
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from faults_kit import INJECTED, MAX_POSITIONS, NUM_SLOTS, WAIT_S, WINDOW, load_tiny
+from faults_kit import INJECTED, MAX_POSITIONS, NUM_SLOTS, WAIT_S, WINDOW, load_tiny, standing_still
 from session_oracle import Input, MarkOracle, Pool, SessionOracle
 from tml_core import Chunk, Engine, Model, Retention, Session, SessionMark, Turn, errors
 
@@ -96,23 +94,6 @@ class Trap:
                 self.turn = None
             self.num_draws -= 1
         return self._sample(h_BD, rows)
-
-
-@contextmanager
-def standing_still(session: Session) -> Iterator[None]:
-    """The engine waits inside the ``with``; what is posted waits too."""
-    reached, release = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        reached.set()
-        assert release.wait(WAIT_S)
-
-    session._host.loop._post(hold)
-    assert reached.wait(WAIT_S)
-    try:
-        yield
-    finally:
-        release.set()
 
 
 class World:
