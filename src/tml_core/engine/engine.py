@@ -130,19 +130,21 @@ class EngineLoop:
             return function()
         future: Future[T] = Future()
 
-        def run() -> None:
+        def run(future: Future[T] = future) -> None:
             try:
                 future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
+            finally:
+                del future
 
         self._post(run)
         try:
             return future.result()
         finally:
-            # An error's traceback holds this frame; without this the error would keep itself, and
-            # all that was passed in, until the collector comes by.
-            del future
+            # An error's traceback holds both frames: with the future in one of them it would keep
+            # itself, and all that was passed in, until the collector comes by.
+            del future, run
 
     def submit(self, job: Job) -> None:
         """Queue a turn behind those that are there."""
