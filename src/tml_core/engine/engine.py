@@ -15,8 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import Future
-from typing import Final, Literal, Protocol, TypeVar
+from typing import Final, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -128,23 +127,24 @@ class EngineLoop:
         """
         if threading.current_thread() is self._thread:
             return function()
-        future: Future[T] = Future()
+        # Emptied by whoever waits: an error that stayed in reach of the frames its traceback holds
+        # would keep itself, and all that was passed in, until the collector comes by.
+        answer: queue.SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = queue.SimpleQueue()
 
-        def run(future: Future[T] = future) -> None:
+        def run() -> None:
             try:
-                future.set_result(function())
+                answer.put((function(), None))
             except BaseException as error:
-                future.set_exception(error)
-            finally:
-                del future
+                answer.put((None, error))
 
         self._post(run)
+        value, error = answer.get()
+        if error is None:
+            return cast(T, value)
         try:
-            return future.result()
+            raise error
         finally:
-            # An error's traceback holds both frames: with the future in one of them it would keep
-            # itself, and all that was passed in, until the collector comes by.
-            del future, run
+            del error
 
     def submit(self, job: Job) -> None:
         """Queue a turn behind those that are there."""
