@@ -37,7 +37,7 @@ from tml_core.engine.sampler import SamplingParams
 from tml_core.engine.seat import MAX_PENDING, Attachment, Degrade, Part, Seat, TickRecord
 from tml_core.engine.session_file import read_session, write_session
 from tml_core.engine.stats import EngineStats
-from tml_core.engine.turn import Turn
+from tml_core.engine.turn import Turn, require_heard
 from tml_core.errors import (
     InvalidArgument,
     InvalidType,
@@ -409,6 +409,45 @@ class Session:
             seat.epoch += 1
             while seat.transcript and seat.transcript[-1].tick >= mark.tick:
                 seat.transcript.pop()
+            while seat.recent and seat.recent[-1].tick >= mark.tick:
+                seat.recent.pop()
+
+    def truncate(self, heard_ms: float) -> int | None:
+        """Drop what the user has not heard at ``heard_ms`` of media time; keep all that came in.
+
+        Text is heard when its tick begins. The output of the first tick that was not heard is
+        closed empty, every later tick keeps its input with a silent output, and calls made in them
+        are undone too. What was said more than `MAX_UNHEARD` ticks ago, before a fork or a restore,
+        or before a point that retention has dropped counts as heard. Returns the tick from which
+        on output was dropped, None if there was none. The session is then bit for bit one that
+        really went so. Raises SessionBusy during a turn (``turn.cancel(keep="heard")`` is for
+        that). If it fails for want of memory it stands right after that tick.
+        """
+        require_heard("heard", heard_ms)
+        seat = self._seat
+        with self._idle("truncate"):
+
+            def forget() -> tuple[int, list[Part]] | None:
+                first = seat.first_unheard(heard_ms)
+                if first is None:
+                    return None
+                return first.tick, seat.forget_output(first)
+
+            try:
+                found = self._host.loop.call(forget)
+            except InvalidArgument:
+                return None  # retention
+            if found is None:
+                return None
+            tick, parts = found
+            seat.epoch += 1
+            if not parts:
+                return tick
+            seat.turns.extend(part.turn for part in parts)
+            seat.parts.extend(parts)
+            self._host.loop.begin_waiting(seat)
+        parts[-1].turn.result()
+        return tick
 
     def fork(self, at: SessionMark | None = None, *, seed: int | None = None) -> "Session":
         """A session that goes on from here, or from a mark, on its own; memory is shared.

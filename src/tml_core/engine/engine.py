@@ -158,6 +158,15 @@ class EngineLoop:
 
         self._post(add)
 
+    def begin_waiting(self, seat: Seat) -> None:
+        """Begin what waits on a seat that has no turn under way."""
+
+        def begin() -> None:
+            if seat in self._seats:
+                self._jobs.append(self._next_job(seat))
+
+        self._post(begin)
+
     def wake(self) -> None:
         """Make the engine look at its turns again."""
         self._inbox.put(_nothing)

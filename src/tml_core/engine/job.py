@@ -19,7 +19,7 @@ from tml_core.engine.sampler import SampleRequest
 from tml_core.engine.seat import Part, Seat, TickRecord
 from tml_core.engine.stats import EngineCounters
 from tml_core.engine.turn import Ending, Turn, end_together
-from tml_core.errors import TmlError
+from tml_core.errors import InvalidArgument, TmlError
 from tml_core.layout.events import (
     Event,
     Notice,
@@ -75,9 +75,10 @@ class Job:
         self._output: OutputHalf | None = None
         self._before: Mark | None = None
         self._after_input: Mark | None = None
-        self._evicted: Event | None = None
+        self._evicted: Notice | None = None
         self._events: list[Event] = []
         self._fresh: list[Event] = []
+        self._delivered = (0, 0)  # tokens and events of the output that readers could see
         self._h_D: Tensor | None = None
         self._rested_since_s: float | None = None
         self.counters = EngineCounters()  # the engine puts its own in this place
@@ -216,9 +217,8 @@ class Job:
         if output.is_done:
             self._fresh = events
             self._finish()
-        elif events:
-            # A cancel in between is seen before the next step.
-            self.turn.deliver(events)
+        elif events and self.turn.deliver(events):
+            self._delivered = len(output.token_ids), len(self._events)
 
     # How it ends.
 
@@ -357,8 +357,44 @@ class Job:
                 return False
             self._begin_again([part for part in self._parts if part not in undone])
             self._end_some(undone, endings)
+        if self.turn.heard_ms is not None and self._live_again(self.turn.heard_ms):
+            return False
         is_cancelled = self.turn.cancelled is not None and self._phase != _Phase.QUEUED
         return not is_cancelled or not self._end_cancelled()
+
+    def _live_again(self, heard_ms: float) -> bool:
+        """Go back to the first output the user has not heard, and put in again what came after it,
+        without answers. True if that is left to other jobs; False if all was heard before the
+        last turn, or retention is in the way."""
+        seat, parts = self.seat, self._parts
+        with seat.lock:
+            first = seat.first_unheard(heard_ms)
+            if first is None:
+                return False
+            try:
+                replayed = seat.forget_output(first)
+            except InvalidArgument:
+                parts[-1].notices = [
+                    Notice(
+                        **self._tags(parts[-1].tick),
+                        kind="unheard",
+                        message=f"the output since tick {first.tick} stays in the context: "
+                        "retention has dropped what was before it",
+                        data={"tick": first.tick},
+                    )
+                ]
+                return False
+            for part in reversed(parts):
+                seat.take_back(part)
+                part.silent = None
+                part.answer = False
+            for part in replayed:
+                seat.turns.insert(0, part.turn)
+            seat.parts.extendleft(reversed([*replayed, *parts]))
+            seat.output = None
+        self._phase = _Phase.DONE
+        self._release()
+        return True
 
     def _begin_again(self, parts: list[Part]) -> None:
         """Go on with these parts alone, from their input on."""
@@ -366,7 +402,7 @@ class Job:
         self._phase = _Phase.QUEUED
         self._segments, self._input, self._num_fed = (), None, 0
         self._output = self._after_input = None
-        self._events, self._fresh = [], []
+        self._events, self._fresh, self._delivered = [], [], (0, 0)
         with self.seat.lock:
             self.seat.output = None
             for part in reversed(parts):
@@ -377,18 +413,24 @@ class Job:
     def _end_cancelled(self) -> bool:
         """End with the last turn's output dropped; True if that has ended the job."""
         part = self._parts[-1]
-        self._events = []
+        num_tokens, num_events = self._delivered if self._is_begun_heard() else (0, 0)
+        self._events = self._events[:num_events]
         self._fresh = [self._cancelled_done(part)]
         if self._output is not None and self._after_input is not None:
             self.seat.sequence.rewind(self._after_input)
-            self._output.cut()
+            self._output.cut(num_tokens)
         half = part.silent if self._output is None else self._output
         if half is not None:
             token_ids = tuple(half.token_ids)
             self._fresh = [replace(self._cancelled_done(part), token_ids=token_ids)]
-        part.notices = []
+        part.notices = [one for one in part.notices if one.kind == "unheard"]
         self._finish()
         return self.is_done
+
+    def _is_begun_heard(self) -> bool:
+        """Whether what was delivered of the last turn was played before it was cancelled."""
+        heard_ms = self.turn.heard_ms
+        return heard_ms is not None and self._parts[-1].tick * TICK_MS < heard_ms
 
     def _finish(self) -> None:
         """End all turns with what they have; a cancel that comes first is seen in the next step."""
@@ -424,9 +466,17 @@ class Job:
             for part in parts:
                 part.turn.clock.position, part.turn.clock.num_pages = tip, num_pages
         records = [] if state is None else self._records(endings)
-        if not self._end_some(parts, endings, state, records):
+        kept: Mark | None = None
+        if state is not None and any(isinstance(one, TextToken) for one in self._events):
+            kept = self._after_input
+        if not self._end_some(parts, endings, state, records, kept):
             return  # a cancel came first; the next step begins with it
+        if kept is not None:
+            self._after_input = None  # the seat has it now
         self._phase = _Phase.DONE
+        self._release()
+
+    def _release(self) -> None:
         for mark in (self._before, self._after_input):
             if mark is not None:
                 mark.release()
@@ -437,10 +487,12 @@ class Job:
         endings: SequenceOf[Ending],
         state: LayoutState | None = None,
         records: SequenceOf[TickRecord] = (),
+        after_input: Mark | None = None,
     ) -> bool:
         def settle() -> None:
-            self.seat.settle(parts, state, records)
-            self._count(endings)
+            self.seat.settle(parts, state, records, after_input)
+            counted = zip(parts, endings, strict=True)
+            self._count([ending for part, ending in counted if not part.is_replay])
 
         return end_together(endings, settle)
 
@@ -477,8 +529,8 @@ class Job:
             changes["clock_ms"] = (last.tick + 1) * TICK_MS
         return {name: value for name, value in changes.items() if value is not None}
 
-    def _input_notices(self, part: Part, encoded: EncodedInput) -> list[Event]:
-        found: list[Event] = []
+    def _input_notices(self, part: Part, encoded: EncodedInput) -> list[Notice]:
+        found: list[Notice] = []
 
         def notice(kind: str, message: str, **data: int) -> None:
             found.append(Notice(**self._tags(part.tick), kind=kind, message=message, data=data))
@@ -490,14 +542,15 @@ class Job:
         if encoded.num_waiting:
             message = f"{encoded.num_waiting} tokens of text wait for the next ticks"
             notice("waiting", message, num_tokens=encoded.num_waiting)
-        if part.num_dropped:
-            message = f"{part.num_dropped} tool results answer calls that were undone"
-            notice("dropped", message, num_items=part.num_dropped)
+        num_dropped = len(part.taken) - len(part.known)
+        if num_dropped:
+            message = f"{num_dropped} tool results answer calls that were undone"
+            notice("dropped", message, num_items=num_dropped)
         return found
 
     def _degraded(
         self, policy: str, message: str, part: Part | None = None, **data: int
-    ) -> list[Event]:
+    ) -> list[Notice]:
         tags = self._tags((self._parts[-1] if part is None else part).tick)
         return [Notice(**tags, kind="degraded", message=message, data={"policy": policy, **data})]
 
@@ -532,7 +585,7 @@ def _record(part: Part, events: SequenceOf[Event], last_events: SequenceOf[Event
     said = [one for one in events if isinstance(one, TextToken)]
     calls = [one for one in events if isinstance(one, ToolCall)]
     done = last_events[-1] if last_events else None
-    num_items = 0 if chunk is None else len(chunk.items) + len(part.taken) - part.num_dropped
+    num_items = 0 if chunk is None else len(chunk.items) + len(part.known)
     return TickRecord(
         tick=part.tick,
         t_ms=part.tick * TICK_MS,

@@ -8,22 +8,25 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from tml_core.engine.sampler import SamplingParams
 from tml_core.engine.turn import Turn
 from tml_core.errors import Conflict, SessionBusy, SessionClosed, TmlError
 from tml_core.layout.chunk import Chunk, ToolResult
-from tml_core.layout.events import Event
+from tml_core.layout.events import Notice
 from tml_core.layout.state import EncodedInput, Layout, LayoutState, OutputHalf
-from tml_core.sequence.sequence import Sequence
+from tml_core.media.micro_turns import TICK_MS
+from tml_core.sequence.sequence import Mark, Sequence
 
 __all__ = [
     "MAX_PENDING",
     "MAX_TRANSCRIPT",
+    "MAX_UNHEARD",
     "BeginOutput",
     "Degrade",
     "Part",
+    "RecentTick",
     "Seat",
     "TickRecord",
 ]
@@ -31,6 +34,8 @@ __all__ = [
 Degrade = Literal["none", "emit_silence", "shrink_output", "coalesce_input"]
 BeginOutput = Callable[[LayoutState, int], OutputHalf | None]
 
+# Ticks that can be told apart by what the user has heard: ten seconds.
+MAX_UNHEARD: Final = 50
 # Turns that may wait behind the one that runs, where input is coalesced: two seconds.
 MAX_PENDING: Final = 10
 # Turns an append may be asked for again, by its number.
@@ -67,9 +72,10 @@ class Part:
 
     ``begin_output`` makes the output half. ``chunk``: what came in, None for a prefix or a commit.
     With ``answer`` False the model is not asked. ``encoded``: the input half in tick ``tick``; None
-    until its turn comes if others are ahead of it. ``taken``: the tool results that went in with
-    it, or were dropped (``num_dropped``); they go back to the session if the turn is undone.
-    ``silent``: its output half, closed without the model.
+    until its turn comes if others are ahead of it. ``taken``: tool results that waited, and go back
+    to the session if the turn is undone; ``known``: those of them that went in with it, the others
+    were dropped. ``silent``: its output half, closed without the model. ``is_replay``: it was put
+    in before, and nobody reads its turn.
     """
 
     turn: Turn
@@ -79,9 +85,23 @@ class Part:
     encoded: EncodedInput | None = None
     tick: int = 0
     taken: tuple[ToolResult, ...] = ()
-    num_dropped: int = 0
+    known: tuple[ToolResult, ...] = ()
     silent: OutputHalf | None = None
-    notices: list[Event] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+    is_replay: bool = False
+
+
+class RecentTick(NamedTuple):
+    """A tick that may have to be lived again without its output.
+
+    ``chunk``: what went in, tool results included. Of a tick in which something was said also
+    ``after_input``, the point where its output begins, and ``state``, the layout's state there.
+    """
+
+    tick: int
+    chunk: Chunk
+    after_input: Mark | None = None
+    state: LayoutState | None = None
 
 
 class Attachment(Protocol):
@@ -105,6 +125,7 @@ class Seat:
     ``turns``: the open ones, oldest first; ``parts``: those of them that wait behind the one that
     runs. ``position``: of the sequence and what is unsent, when no turn is open. ``last_seq`` and
     ``numbered``: the number of the last append that had one, and the turns of the last few.
+    ``recent``: the last ticks from the first on in which something was said.
     """
 
     sequence: Sequence
@@ -120,6 +141,7 @@ class Seat:
     position: int = 0
     last_seq: int | None = None
     numbered: deque[tuple[int, Turn]] = field(default_factory=lambda: deque(maxlen=MAX_NUMBERED))
+    recent: deque[RecentTick] = field(default_factory=deque)
     waiting_items: tuple[ToolResult, ...] = ()
     transcript: deque[TickRecord] = field(default_factory=lambda: deque(maxlen=MAX_TRANSCRIPT))
     is_closed: bool = False
@@ -165,15 +187,21 @@ class Seat:
         chunk = part.chunk
         if chunk is None:
             raise TmlError("turn: it brings nothing to encode")
+        part.tick = state.tick
+        if part.is_replay:
+            items = tuple(one for one in chunk.items if one.name or state.knows(one.call_id))
+            if len(items) < len(chunk.items):
+                chunk = _with_items(chunk, items)
+            part.encoded = self.layout.encode_input(chunk, state)
+            return part.encoded
         if self.attachment is not None:
             self.waiting_items += self.attachment.due(self, chunk, state)
         waiting = self.waiting_items
         known = tuple(one for one in waiting if one.name or state.knows(one.call_id))
         if known:
-            chunk = replace(chunk, items=(*known, *chunk.items), is_idle=False)
+            chunk = _with_items(chunk, (*known, *chunk.items))
         part.encoded = self.layout.encode_input(chunk, state)
-        part.tick = state.tick
-        part.taken, part.num_dropped = waiting, len(waiting) - len(known)
+        part.taken, part.known = waiting, known
         self.waiting_items = ()
         return part.encoded
 
@@ -182,7 +210,7 @@ class Seat:
         if part.chunk is not None:
             part.encoded = None
         self.waiting_items = part.taken + self.waiting_items
-        part.taken = ()
+        part.taken = part.known = ()
 
     def raise_epoch(self) -> None:
         """What was delivered before belongs to the past."""
@@ -194,8 +222,12 @@ class Seat:
         parts: SequenceOf[Part],
         state: LayoutState | None = None,
         records: Iterable[TickRecord] = (),
+        after_input: Mark | None = None,
     ) -> None:
-        """Close the turns of ``parts``: with a new state, or undone, with the state as it was."""
+        """Close the turns of ``parts``: with a new state, or undone, with the state as it was.
+
+        ``after_input``: where the output of the last one begins, if something was said in it.
+        """
         with self.lock:
             self.output = None
             for part in parts:
@@ -207,7 +239,85 @@ class Seat:
                 self.state = state
                 ended = tuple(records)
                 self.transcript.extend(ended)
+                self._note_recent(parts, after_input)
                 if self.attachment is not None:
                     self.attachment.settled(ended)
             if not self.sequence.is_closed:
                 self.position = self.sequence.tip + len(self.state.unsent)
+
+    # What was heard.
+
+    def first_unheard(self, heard_ms: float) -> RecentTick | None:
+        """The first tick said in the last `MAX_UNHEARD` ones whose output was not yet played at
+        ``heard_ms`` of media time; text is played when its tick begins."""
+        for one in self.recent:
+            if one.after_input is not None and one.tick * TICK_MS >= heard_ms:
+                return one
+        return None
+
+    def forget_output(self, first: RecentTick) -> list[Part]:
+        """Go back to where the output of a recent tick begins, and close it empty.
+
+        Returns the input of the ticks after it, which is to be put in again without answers. Raises
+        InvalidArgument, with nothing changed, if retention has dropped what lies between. Called in
+        the engine thread with the lock held and no step under way.
+        """
+        assert first.after_input is not None and first.state is not None  # something was said
+        self.sequence.rewind(first.after_input)
+        half = self.layout.begin_output(first.state, self.epoch)
+        assert half is not None  # it had one
+        half.cut()
+        self.state = half.state
+        self.position = self.sequence.tip + len(self.state.unsent)
+        replayed = []
+        while self.recent and self.recent[-1].tick >= first.tick:
+            last = self.recent.pop()
+            if last.after_input is not None:
+                last.after_input.release()
+            if last is not first:
+                replayed.append(last.chunk)
+        if self.recent:
+            self.recent.append(RecentTick(first.tick, first.chunk))
+        undone: TickRecord | None = None
+        while self.transcript and self.transcript[-1].tick >= first.tick:
+            undone = self.transcript.pop()
+        if undone is not None:
+            record = replace(undone, text_out="", is_silent=False, calls=(), reason="cancelled")
+            self.transcript.append(record)
+        begin = self.layout.begin_output
+        return [
+            Part(Turn.cancelled_one(), begin, chunk, answer=False, is_replay=True)
+            for chunk in reversed(replayed)
+        ]
+
+    def forget_recent(self, tick: int = 0) -> None:
+        """What was said from ``tick`` on counts as heard, and holds no memory any more."""
+        while self.recent and self.recent[-1].tick >= tick:
+            last = self.recent.pop()
+            if last.after_input is not None:
+                last.after_input.release()
+
+    def _note_recent(self, parts: SequenceOf[Part], after_input: Mark | None) -> None:
+        for part in parts:
+            if part.chunk is None:
+                continue
+            mark = after_input if part is parts[-1] else None
+            if mark is None and not self.recent:
+                continue  # nothing before it that could be unheard
+            chunk = part.chunk
+            if part.known:
+                chunk = _with_items(chunk, (*part.known, *chunk.items))
+            state = None if mark is None or part.encoded is None else part.encoded.state
+            self.recent.append(RecentTick(part.tick, chunk, mark, state))
+        while len(self.recent) > MAX_UNHEARD or (
+            self.recent and self.recent[0].after_input is None
+        ):
+            mark = self.recent.popleft().after_input
+            if mark is not None:
+                mark.release()
+
+
+def _with_items(chunk: Chunk, items: tuple[ToolResult, ...]) -> Chunk:
+    """The chunk with these tool results instead of its own."""
+    is_empty = chunk.audio is None and not chunk.frames and not chunk.text and not items
+    return replace(chunk, items=items, is_idle=is_empty)

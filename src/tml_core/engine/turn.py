@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-from tml_core.errors import InvalidArgument, TmlError
+from tml_core.errors import InvalidArgument, InvalidType, TmlError
 from tml_core.layout.events import Event, TextToken, ToolCall, TurnDone
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "TurnResult",
     "TurnStats",
     "end_together",
+    "require_heard",
 ]
 
 # The engine lets a turn rest while nobody has read this many of its events; a micro-turn has far
@@ -33,7 +34,7 @@ MAX_UNREAD: Final = 1024
 # And when it has rested so long, it is given up.
 READER_PATIENCE_S: Final = 10.0
 
-Keep = Literal["input", "none"]
+Keep = Literal["input", "heard", "none"]
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,17 @@ class Turn:
         self._error: BaseException | None = None
         self._watchers: list[Callable[[], None]] = []
         self._cancel: Keep | None = None
+        self.heard_ms: float | None = None
         self.clock: Final = TurnClock(deadline_ms)
         # What must stay alive while the turn runs: the session, whose end would cancel it.
         self.owner: object | None = None
+
+    @classmethod
+    def cancelled_one(cls) -> "Turn":
+        """A turn that nobody reads and whose output is not wanted."""
+        turn = cls(_nothing, _nothing)
+        turn._cancel = "input"
+        return turn
 
     # For readers.
 
@@ -226,23 +235,31 @@ class Turn:
         """``await turn`` is `result` for asyncio."""
         return self._wait().__await__()
 
-    def cancel(self, keep: Keep = "input", *, wait: bool = True) -> bool:
+    def cancel(
+        self, keep: Keep = "input", *, heard_ms: float | None = None, wait: bool = True
+    ) -> bool:
         """Stop the turn; returns False if it was already over, and then changes nothing.
 
         ``keep="input"``: the input half stays in context (it is still run through the model if it
         was not yet), the output of this turn is dropped and its half closed empty.
+        ``keep="heard"``: so does the input of this and all earlier turns, but what the user has not
+        heard at ``heard_ms`` of media time is dropped, of earlier turns too (see
+        `Session.truncate`); what was delivered of this turn stays if its tick began before then.
         ``keep="none"``: the session stands where it stood before the append.
         Events not yet read are withdrawn, and what readers already have belongs to an old epoch;
         the turn ends with ``TurnDone(reason="cancelled")``. With ``wait`` (at most about one model
-        step, or what is ahead of a turn that waits in a queue) it is over on return.
+        step, or what is ahead of a turn that waits in a queue, or the input that is put in again)
+        it is over on return.
         """
-        if keep not in ("input", "none"):
-            raise InvalidArgument(f"keep: expected 'input' or 'none', got {keep!r}")
+        if keep not in ("input", "heard", "none"):
+            raise InvalidArgument(f"keep: expected 'input', 'heard' or 'none', got {keep!r}")
+        require_heard(keep, heard_ms)
         with self._changed:
             if self._is_done:
                 return False
             if self._cancel is None:
                 self._cancel = keep
+                self.heard_ms = heard_ms
                 self._first_valid = len(self._events)
                 self._raise_epoch()
         self._wake()
@@ -382,6 +399,23 @@ def end_together(endings: Sequence[Ending], settle: Callable[[], None]) -> bool:
         for one in endings:
             one.turn._end(one.events, one.error)
         return True
+
+
+def require_heard(keep: Keep, heard_ms: object) -> None:
+    """Raise unless ``heard_ms`` is there exactly when it is needed."""
+    if (keep == "heard") != (heard_ms is not None):
+        what = "a time" if keep == "heard" else "None"
+        raise InvalidArgument(f"heard_ms: expected {what} with keep={keep!r}, got {heard_ms!r}")
+    if heard_ms is None:
+        return
+    if isinstance(heard_ms, bool) or not isinstance(heard_ms, (int, float)):
+        raise InvalidType(f"heard_ms: expected a number, got {type(heard_ms).__name__}")
+    if not heard_ms >= 0:
+        raise InvalidArgument(f"heard_ms: expected at least 0, got {heard_ms}")
+
+
+def _nothing() -> None:
+    """Where there is nobody to tell."""
 
 
 def _ms(start_s: float, stop_s: float) -> float | None:

@@ -91,8 +91,11 @@ class Silence(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Notice(Event):
-    """Something the runtime did. ``kind``: "evicted", "padded", "waiting", "dropped" (tool results
-    whose call was undone) or "degraded" (``data["policy"]`` says how); ``data``: what and how much.
+    """Something the runtime did. ``data``: what and how much.
+
+    ``kind``: "evicted", "padded", "waiting" (text that has to wait for the next ticks), "dropped"
+    (tool results whose call was undone), "degraded" (``data["policy"]`` says how) or "unheard"
+    (output the user did not hear that could not be taken back).
     """
 
     kind: str
