@@ -7,6 +7,7 @@ layout: so no tick holds more background ids than that, and what the user types 
 than one piece.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -42,7 +43,8 @@ SILENT: Final = "silent"
 class DeliveryPolicy:
     """``budget_tokens``: most ids a tick takes from results. ``quiet_ms``: how long nobody may have
     spoken for "when_idle". ``speech_rms``: the microphone level, 0 to 1, that counts as speech.
-    ``patience_s``: a "when_idle" result that has waited so long for a pause enters without one.
+    ``heeds_model``: whether the model's own speech is waited for, too. ``patience_s``: a
+    "when_idle" result that has waited so long for a pause enters without one.
 
     All times are media time of the session. Raises InvalidArgument naming the field.
     """
@@ -50,6 +52,7 @@ class DeliveryPolicy:
     budget_tokens: int = 128
     quiet_ms: int = 600
     speech_rms: float = SPEECH_RMS
+    heeds_model: bool = True
     patience_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -94,11 +97,11 @@ def floor(
     last ticks have text, and while it writes a call.
     """
     user = has_text or (audio_rms is not None and audio_rms >= policy.speech_rms)
-    model = is_in_call
+    model = policy.heeds_model and is_in_call
     for _, one in zip(range(policy.quiet_ticks), newest_first, strict=False):
         user = user or bool(one.text_in)
         user = user or (one.audio_rms is not None and one.audio_rms >= policy.speech_rms)
-        model = model or bool(one.text_out)
+        model = model or (policy.heeds_model and bool(one.text_out))
     return Floor(user, model)
 
 
@@ -145,7 +148,8 @@ class Outbox:
         self._entries: list[Entry] = []
         self._through: list[Entry] = []
         self._count = 0
-        self._newest_tick = -1  # of typed text or a result in the conversation
+        # When typed text and results entered the conversation, newest last.
+        self._item_ticks: deque[int] = deque(maxlen=_NUM_REMEMBERED)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -159,7 +163,7 @@ class Outbox:
 
     def note_item(self, tick: int) -> None:
         """Typed text, or a result that does not come from here, enters in this tick."""
-        self._newest_tick = max(self._newest_tick, tick)
+        self._item_ticks.append(tick)
 
     def undo(self, tick: int, still_waiting: Sequence[ToolResult]) -> None:
         """Tick ``tick`` comes next: what was handed in it or later was undone and enters again, but
@@ -175,7 +179,8 @@ class Outbox:
             if entry in self._through:
                 self._through.remove(entry)
                 self._entries.append(entry)
-        self._newest_tick = min(self._newest_tick, tick - 1)
+        while self._item_ticks and self._item_ticks[-1] >= tick:
+            self._item_ticks.pop()
 
     def drop_undone(self, is_known: Callable[[str], bool]) -> list[Job]:
         """Forget results of calls that are no longer in the conversation; their jobs."""
@@ -198,7 +203,8 @@ class Outbox:
         entry = self._next(tick, floor)
         if entry is None:
             return None
-        if not entry.handed and entry.seen_tick < self._newest_tick and not entry.is_checked:
+        newest = self._item_ticks[-1] if self._item_ticks else -1
+        if not entry.handed and entry.seen_tick < newest and not entry.is_checked:
             if self._recheck(entry):
                 entry.is_held = True
                 return None
@@ -207,7 +213,7 @@ class Outbox:
         piece = entry.next_piece
         entry.handed.append((tick, piece))
         entry.job.delivery = "entering"
-        self._newest_tick = max(self._newest_tick, tick)  # for the others
+        self.note_item(tick)  # for the others
         if entry.is_through:
             self._close(entry, "delivered")
             self._through.append(entry)
