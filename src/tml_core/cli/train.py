@@ -79,5 +79,5 @@ def _stop_requests() -> Iterator[list[int]]:
     try:
         yield came
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for restored, handler in before.items():
+            signal.signal(restored, handler)
