@@ -27,6 +27,11 @@ void linear(const LinearParams& p, const Launch& launch);
 void rms_norm(const RmsNormParams& p, const Launch& launch);
 void embed(const EmbedParams& p, const Launch& launch);
 void dmel_embed(const DmelEmbedParams& p, const Launch& launch);
+void attn_prologue(const AttnPrologueParams& p, const Launch& launch);
+std::size_t session_attn_workspace_bytes(const SessionAttnParams& p, int num_sms);
+// rel_bank as on the CPU; K and V of a page in core tiles (page_offset).
+void session_attn(const SessionAttnParams& p, const Launch& launch);
+
 // w13: [num_matrices][ceil(width / 32) blocks of 64 rows, gate and up interleaved][k blocks]; w2:
 // [num_matrices][blocks of hidden][k blocks of width].
 void pack_experts(const PackExpertsParams& p, const Launch& launch);

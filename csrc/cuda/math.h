@@ -36,6 +36,24 @@ TML_DEVICE float exp_poly(float x) {
   return x < -87.0f ? 0.0f : __fmul_rn(y, scale);
 }
 
+// The same bits for x <= 0, without the clamps that change nothing there.
+TML_DEVICE float exp_negative(float x) {
+  const float magic = 12582912.0f;
+  const float shifted = __fmaf_rn(x, 1.44269504088896341f, magic);
+  const float n = __fadd_rn(shifted, -magic);
+  float r = __fmaf_rn(n, -0.693359375f, x);
+  r = __fmaf_rn(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = __fmaf_rn(p, r, 1.3981999507e-3f);
+  p = __fmaf_rn(p, r, 8.3334519073e-3f);
+  p = __fmaf_rn(p, r, 4.1665795894e-2f);
+  p = __fmaf_rn(p, r, 1.6666665459e-1f);
+  p = __fmaf_rn(p, r, 5.0000001201e-1f);
+  const float y = __fadd_rn(__fmaf_rn(p, __fmul_rn(r, r), r), 1.0f);
+  const float scale = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
+  return x < -87.0f ? 0.0f : __fmul_rn(y, scale);
+}
+
 // ln x within 2 ulp for positive normal x; NaN stays NaN.
 TML_DEVICE float log_poly(float x) {
   if (x != x) return x;
