@@ -27,6 +27,17 @@ void linear(const LinearParams& p, const Launch& launch);
 void rms_norm(const RmsNormParams& p, const Launch& launch);
 void embed(const EmbedParams& p, const Launch& launch);
 void dmel_embed(const DmelEmbedParams& p, const Launch& launch);
+// weight: plain fp32 [num_experts + num_shared, in_dim]. top_k + num_shared at most 32.
+std::size_t router_workspace_bytes(const RouterParams& p);
+void router(const RouterParams& p, const Launch& launch);
+
+// Rows of logits pass through the workspace. A row's sum over the vocabulary blocks: M = max m_b,
+// each of 256 threads adds s_b exp(m_b - M) by fma over b, b + 256, ..., then the tree of row_sum.
+std::size_t lm_head_workspace_bytes(const LmHeadInput& input);
+void lm_head_logprobs(const LmHeadLogprobsParams& p, const Launch& launch);
+// top_k and top_p must be null: the whole distribution, masked by `allowed`.
+void lm_head_sample(const LmHeadSampleParams& p, const Launch& launch);
+
 void attn_prologue(const AttnPrologueParams& p, const Launch& launch);
 std::size_t session_attn_workspace_bytes(const SessionAttnParams& p, int num_sms);
 // rel_bank as on the CPU; K and V of a page in core tiles (page_offset).

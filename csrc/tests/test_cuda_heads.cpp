@@ -1,0 +1,163 @@
+// router and lm_head of the device, run on the host, against the CPU kernels.
+#include <algorithm>
+
+#include "core/tensor_core.h"
+#include "cpu/cpu.h"
+#include "tests/cuda_kit.h"
+
+namespace tml::tests {
+namespace {
+
+TML_TEST(cuda_router_is_the_op) {
+  const std::int64_t tokens = 11, dim = 140;
+  const std::int32_t experts = 70, shared = 2, top_k = 6, outputs = experts + shared;
+  auto x = random_bf16(static_cast<std::size_t>(tokens * dim), 1);
+  std::fill(x.begin() + 3 * dim, x.begin() + 4 * dim, std::uint16_t{0});  // all scores tie
+  auto weight = random_f32(static_cast<std::size_t>(outputs * dim), 2, 0.1f);
+  auto bias = random_f32(static_cast<std::size_t>(experts), 3, 0.05f);
+  bias[7] = bias[9] = __builtin_nanf("");
+  std::vector<float> packed(static_cast<std::size_t>(ceil_div(outputs, 32) * 32 * dim));
+  cpu::pack_weight({weight.data(), packed.data(), dim, outputs, dim, DType::kF32, 1});
+  struct Out {
+    std::vector<std::int32_t> ids;
+    std::vector<float> weights, gammas, logits;
+  } ours, theirs;
+  for (Out* out : {&ours, &theirs}) {
+    out->ids.assign(static_cast<std::size_t>(tokens * top_k), -1);
+    out->weights.assign(out->ids.size(), -1.0f);
+    out->gammas.assign(static_cast<std::size_t>(tokens * shared), -1.0f);
+    out->logits.assign(static_cast<std::size_t>(tokens * outputs), -1.0f);
+    RouterParams p{x.data(),
+                   out == &ours ? weight.data() : packed.data(),
+                   bias.data(),
+                   out->ids.data(),
+                   out->weights.data(),
+                   out->gammas.data(),
+                   out->logits.data(),
+                   dim,
+                   tokens,
+                   dim,
+                   experts,
+                   shared,
+                   top_k,
+                   2.5f,
+                   DType::kBf16,
+                   1};
+    if (out == &ours)
+      cuda::router(p, host_launch());
+    else
+      cpu::router(p);
+  }
+  TML_CHECK(ours.ids == theirs.ids);
+  for (std::size_t i = 0; i < ours.logits.size(); ++i)
+    TML_CHECK_NEAR(ours.logits[i], theirs.logits[i], 1e-5);
+  for (std::size_t i = 0; i < ours.weights.size(); ++i)
+    TML_CHECK_NEAR(ours.weights[i], theirs.weights[i], 0x1p-7 * theirs.weights[i]);
+  for (std::size_t i = 0; i < ours.gammas.size(); ++i)
+    TML_CHECK_NEAR(ours.gammas[i], theirs.gammas[i], 0x1p-7 * theirs.gammas[i]);
+}
+
+struct Head {
+  std::int64_t tokens, dim, vocab;
+  std::vector<std::uint16_t> h, w, packed;
+  std::vector<unsigned char> memory;
+
+  Head(std::int64_t t, std::int64_t d, std::int64_t v)
+      : tokens(t),
+        dim(d),
+        vocab(v),
+        h(random_bf16(static_cast<std::size_t>(t * d), 1)),
+        w(random_bf16(static_cast<std::size_t>(v * d), 2, 0.3f)),
+        packed(packed_weight(w, v, d)) {}
+  LmHeadInput input() const {
+    return {h.data(), packed.data(), dim, tokens, dim, vocab, DType::kBf16};
+  }
+  cuda::Launch launch() {
+    const std::size_t needed = cuda::lm_head_workspace_bytes(input());
+    memory.assign(needed + 256, 0xff);
+    const auto base = (reinterpret_cast<std::uintptr_t>(memory.data()) + 255) / 256 * 256;
+    return host_launch(reinterpret_cast<void*>(base), needed);
+  }
+  std::vector<double> logits(std::int64_t row) const {
+    std::vector<double> out;
+    for (std::int64_t n = 0; n < vocab; ++n)
+      out.push_back(mma_chain(h.data() + row * dim, w.data() + n * dim, dim));
+    return out;
+  }
+};
+
+double log_sum_exp(const std::vector<double>& x) {
+  const double top = *std::max_element(x.begin(), x.end());
+  double sum = 0.0;
+  for (const double v : x) sum += std::exp(v - top);
+  return top + std::log(sum);
+}
+
+TML_TEST(cuda_lm_head_logprobs_are_log_softmax) {
+  for (const std::int64_t vocab : {100, 128, 700}) {
+    Head head(3, 64, vocab);
+    const std::vector<std::int64_t> targets = {0, vocab - 1, vocab / 2};
+    std::vector<float> logprobs(3, 1.0f);
+    cuda::lm_head_logprobs({head.input(), targets.data(), logprobs.data(), 1}, head.launch());
+    for (std::int64_t row = 0; row < 3; ++row) {
+      const auto logits = head.logits(row);
+      const auto at = static_cast<std::size_t>(targets[static_cast<std::size_t>(row)]);
+      TML_CHECK_NEAR(logprobs[static_cast<std::size_t>(row)], logits[at] - log_sum_exp(logits),
+                     1e-5 + 1e-6 * std::fabs(logits[at]));
+    }
+  }
+}
+
+TML_TEST(cuda_lm_head_samples_what_the_cpu_samples) {
+  // The draws share every bit; logits differ in the last ones, which decides no winner here.
+  Head head(6, 64, 300);
+  std::vector<std::uint16_t> host_packed(static_cast<std::size_t>(ceil_div(300, 32) * 32 * 32 * 2));
+  cpu::pack_weight({head.w.data(), host_packed.data(), 64, 300, 64, DType::kBf16, 1});
+  const std::vector<float> temperature = {0.0f, 1.0f, 0.7f, 2.0f, 1.0f, 0.0f};
+  const std::vector<std::int32_t> no_k(6, 0);
+  const std::vector<float> no_p(6, 1.0f);
+  const std::vector<std::int64_t> seed = {1, 2, 3, 4, 5, 6}, position = {0, 9, 1 << 20, 3, 4, 5};
+  std::vector<std::int32_t> allowed(6 * 10, -1);
+  for (std::size_t i = 40; i < 60; ++i) allowed[i] = 0;
+  allowed[43] = 1 << 5;                         // row 4: one id
+  allowed[55] = static_cast<int>(0xf0f0f0f0u);  // row 5: some
+  std::vector<std::int64_t> ours(6, -2), theirs(6, -3);
+  std::vector<float> our_logprobs(6), their_logprobs(6);
+  LmHeadSampleParams p{head.input(),
+                       temperature.data(),
+                       nullptr,
+                       nullptr,
+                       seed.data(),
+                       position.data(),
+                       allowed.data(),
+                       ours.data(),
+                       our_logprobs.data(),
+                       1};
+  cuda::lm_head_sample(p, head.launch());
+  p.input.weight = host_packed.data();
+  p.top_k = no_k.data();
+  p.top_p = no_p.data();
+  p.tokens = theirs.data();
+  p.logprobs = their_logprobs.data();
+  cpu::lm_head_sample(p);
+  TML_CHECK(ours == theirs);
+  TML_CHECK_EQUAL(ours[4], 3 * 32 + 5);
+  for (std::size_t i = 0; i < 6; ++i) TML_CHECK_NEAR(our_logprobs[i], their_logprobs[i], 1e-4);
+  // A row alone: the same token and the same bits.
+  LmHeadSampleParams one = p;
+  one.input = head.input();
+  one.input.h = head.h.data() + 2 * 64;
+  one.input.num_tokens = 1;
+  one.top_k = nullptr;
+  one.top_p = nullptr;
+  one.temperature += 2;
+  one.seed += 2;
+  one.position += 2;
+  one.allowed += 20;
+  cuda::lm_head_sample(one, head.launch());
+  TML_CHECK_EQUAL(theirs[0], ours[2]);
+  TML_CHECK_EQUAL(their_logprobs[0], our_logprobs[2]);
+}
+
+}  // namespace
+}  // namespace tml::tests
