@@ -104,6 +104,7 @@ class SessionInfo:
     kv_bytes: int
     evicted: Evicted | None
     state_hash: str
+    is_parked: bool
 
 
 class Engine:
@@ -113,6 +114,10 @@ class Engine:
     loaded for. While it is open the model's sequences belong to it: use the model through sessions.
     ``admission``: "capacity" refuses a session with Overloaded when, by the steps measured so far,
     a tick of all of them at once would take longer than 200 ms in one case of a hundred.
+    ``park_after_s``: a session idle for so long is parked (see `Session.park`), and one idle for
+    less if memory runs short; then ``max_sessions`` may be more than the model was loaded for.
+    None: only `Session.park` parks. ``park_dir``: where the files go; the system's place for
+    temporary files by default.
     Raises InvalidArgument for a bad count or a model that another engine runs.
     """
 
@@ -122,6 +127,8 @@ class Engine:
         *,
         max_sessions: int | None = None,
         admission: Admission = "none",
+        park_after_s: float | None = None,
+        park_dir: str | Path | None = None,
     ) -> None:
         if not isinstance(model, Model):
             raise InvalidType(f"model: expected Model, got {type(model).__name__}")
@@ -129,7 +136,8 @@ class Engine:
         wanted = num_slots if max_sessions is None else max_sessions
         if isinstance(wanted, bool) or not isinstance(wanted, int):
             raise InvalidType(f"max_sessions: expected an int, got {type(wanted).__name__}")
-        if not 1 <= wanted <= num_slots:
+        _require_park_after(park_after_s)
+        if wanted < 1 or (wanted > num_slots and park_after_s is None):
             raise InvalidArgument(
                 f"max_sessions: expected 1 to {num_slots} (load_model(max_sequences=...)), "
                 f"got {wanted}"
@@ -137,7 +145,14 @@ class Engine:
         layout = layout_for(model.config, model.tokenizer)
         if admission not in get_args(Admission):
             raise InvalidArgument(f"admission: expected 'none' or 'capacity', got {admission!r}")
-        loop = new_loop(model, layout, wanted, admission)
+        loop = new_loop(
+            model,
+            layout,
+            wanted,
+            admission=admission,
+            park_after_s=park_after_s,
+            park_dir=park_dir,
+        )
         self._host: Final = Host(loop, model, layout)
         self._finalizer = weakref.finalize(self, loop.shutdown, wait=False)
 
@@ -385,7 +400,7 @@ class Session:
         """Remember this point; costs the same however long the session is."""
         seat = self._seat
         with self._idle("mark"):
-            mark = self._host.loop.call(seat.sequence.mark)
+            mark = self._host.loop.call(lambda: self._host.loop.awake(seat).mark())
             return SessionMark(
                 position=mark.tip + len(seat.state.unsent),
                 tick=seat.state.tick,
@@ -403,7 +418,7 @@ class Session:
         _require_mark("mark", mark)
         seat = self._seat
         with self._idle("rewind"):
-            self._host.loop.call(lambda: seat.sequence.rewind(mark._mark))
+            self._host.loop.call(lambda: self._host.loop.awake(seat).rewind(mark._mark))
             seat.state, seat.waiting_items = mark._state, mark._items
             seat.position = mark.position
             seat.epoch += 1
@@ -463,7 +478,7 @@ class Session:
 
             def make() -> Seat:
                 mark = None if at is None else at._mark
-                sequence = parent.sequence.fork(mark, seed=seed)
+                sequence = self._host.loop.awake(parent).fork(mark, seed=seed)
                 seat = Seat(sequence, parent.layout, parent.sampling, parent.degrade)
                 seat.state = parent.state if at is None else at._state
                 seat.position = sequence.tip + len(seat.state.unsent)
@@ -485,6 +500,17 @@ class Session:
         with self._idle("snapshot"), tempfile.TemporaryDirectory(dir=target.parent) as folder:
             write_session(self._host, self._seat, target, Path(folder))
 
+    def park(self) -> None:
+        """Put the session's memory into a file until it is used again, with the same bits.
+
+        Its slot and pages are free for others meanwhile; what was said counts as heard. Raises
+        SessionBusy during a turn or while marks are held (they would be lost), OSError if the file
+        cannot be written.
+        """
+        seat = self._seat
+        with self._idle("park"):
+            self._host.loop.call(lambda: self._host.loop.park(seat))
+
     # Looking.
 
     def info(self) -> SessionInfo:
@@ -492,21 +518,23 @@ class Session:
         seat, model = self._seat, self._host.model
 
         def look() -> SessionInfo:
-            sequence, state = seat.sequence, seat.state
+            sequence, state, parked = seat.sequence, seat.state, seat.parked
+            num_unsent = 0 if seat.is_busy else len(state.unsent)
             return SessionInfo(
                 layout=seat.layout.name,
-                position=sequence.tip + (0 if seat.is_busy else len(state.unsent)),
+                position=(sequence.tip if parked is None else parked.tip) + num_unsent,
                 tick=state.tick,
-                media_ms=sequence.carry.clock_ms,
+                media_ms=sequence.carry.clock_ms if parked is None else parked.clock_ms,
                 epoch=seat.epoch,
                 is_busy=seat.is_busy,
                 num_waiting=state.num_waiting,
                 is_in_call=state.is_in_call,
                 open_calls=state.open_calls,
-                num_pages=sequence.num_pages,
-                kv_bytes=model.store.kv.sizes.sequence_bytes(sequence.tip),
-                evicted=sequence.evicted,
-                state_hash=sequence.state_hash,
+                num_pages=0 if parked else sequence.num_pages,
+                kv_bytes=0 if parked else model.store.kv.sizes.sequence_bytes(sequence.tip),
+                evicted=parked.evicted if parked else sequence.evicted,
+                state_hash=parked.state_hash if parked else sequence.state_hash,
+                is_parked=parked is not None,
             )
 
         return self._look("info", look)
@@ -517,7 +545,7 @@ class Session:
 
         def look() -> NDArray[np.int64]:
             unsent = np.array(seat.state.unsent, np.int64)
-            return np.concatenate((seat.sequence.token_ids(), unsent))
+            return np.concatenate((self._host.loop.awake(seat).token_ids(), unsent))
 
         with self._idle("token_ids"):
             return self._host.loop.call(look)
@@ -642,6 +670,15 @@ def _require_count(name: str, value: object) -> None:
         raise InvalidType(f"{name}: expected an int, got {type(value).__name__}")
     if value < 0:
         raise InvalidArgument(f"{name}: expected at least 0, got {value}")
+
+
+def _require_park_after(park_after_s: object) -> None:
+    if park_after_s is None:
+        return
+    if isinstance(park_after_s, bool) or not isinstance(park_after_s, (int, float)):
+        raise InvalidType(f"park_after_s: expected a number, got {type(park_after_s).__name__}")
+    if not park_after_s >= 0:
+        raise InvalidArgument(f"park_after_s: expected at least 0, got {park_after_s}")
 
 
 def _require_deadline(deadline_ms: object) -> None:

@@ -9,12 +9,14 @@ A turn is a transaction. It ends by its end (input and output stand in the seque
 """
 
 import contextlib
+import math
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar, cast
 
 import torch
@@ -23,13 +25,14 @@ from torch import Tensor
 from tml_core.engine import turn as turn_module
 from tml_core.engine.cost_model import CostModel
 from tml_core.engine.job import Job
+from tml_core.engine.parking import ParkingLot
 from tml_core.engine.runner import StepInput
 from tml_core.engine.sampler import sample_rows
 from tml_core.engine.scheduler import compose
-from tml_core.engine.seat import Seat
+from tml_core.engine.seat import Part, Seat
 from tml_core.engine.stats import EngineCounters, EngineStats
 from tml_core.engine.turn import Ending, end_together
-from tml_core.errors import Overloaded, PoolExhausted, SessionClosed
+from tml_core.errors import Overloaded, PoolExhausted, SessionBusy, SessionClosed
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import Block, Segment
 from tml_core.ops.lm_head import SampleRows
@@ -42,6 +45,8 @@ Admission = Literal["none", "capacity"]
 
 # When a session that was refused may ask again.
 _RETRY_MS: Final = 1000
+# A thread cannot wait for longer than some limit of the platform.
+_LONGEST_WAIT_S: Final = 3600.0
 
 T = TypeVar("T")
 _Inbox = queue.SimpleQueue[Callable[[], None] | None]
@@ -73,6 +78,9 @@ class StepModel(Protocol):
     def store(self) -> SequenceStore:
         """The memory of its sequences."""
 
+    def restore_sequence(self, path: Path) -> Sequence:
+        """The sequence that a snapshot holds."""
+
     def prepare(self, sequence: Sequence, segments: SequenceOf[Segment | Block]) -> StepInput:
         """Embed what a sequence is about to append."""
 
@@ -80,7 +88,8 @@ class StepModel(Protocol):
 class EngineLoop:
     """The engine thread and its inbox.
 
-    ``max_sessions`` bounds the seats, ``admission`` by what steps were measured to take. With
+    ``max_sessions`` bounds the seats, ``admission`` by what steps were measured to take. Seats idle
+    for ``park_after_s`` are parked below ``park_dir``, and earlier if memory runs short. With
     ``stops_when_empty`` the thread ends with the last one. ``warm_up`` is run in the thread before
     all else; its errors are of no consequence.
     """
@@ -91,12 +100,16 @@ class EngineLoop:
         max_sessions: int,
         *,
         admission: Admission = "none",
+        park_after_s: float | None = None,
+        park_dir: str | Path | None = None,
         stops_when_empty: bool = False,
         warm_up: Callable[[], None] | None = None,
     ) -> None:
         self._model = model
         self.max_sessions = max_sessions
         self._admission = admission
+        self._park_after_s = park_after_s
+        self._lot = ParkingLot(model.restore_sequence, park_dir)
         self._stops_when_empty = stops_when_empty
         # Its put may be called from a finalizer, whatever the thread was doing at that moment.
         # None in it ends the thread.
@@ -180,7 +193,7 @@ class EngineLoop:
             if self._is_stopping:
                 raise SessionClosed("engine: it is closed")
             self._admit()
-            seat = make()
+            seat = self._with_room(make)
             self._seats.add(seat)
             added.append(seat)
             return seat
@@ -220,7 +233,7 @@ class EngineLoop:
         global_free, sliding_free = (pool.free_pages for pool in pools)
         return EngineStats(
             num_sessions=len(seats),
-            num_parked=0,
+            num_parked=sum(seat.parked is not None for seat in seats),
             num_turns=sum(len(seat.turns) for seat in seats),
             global_pages_free=global_free,
             global_pages_held=pools[0].num_pages - global_free,
@@ -261,23 +274,107 @@ class EngineLoop:
                 self._is_shut = True
             for seat in list(self._seats):
                 self._close_seat(seat, error)
+            self._lot.close()
             self._drain()
 
     def _receive(self) -> None:
         """Do what was posted; without work, wait for it."""
         if all(job.is_resting for job in self._jobs):
-            with contextlib.suppress(queue.Empty):
+            try:
                 self._do(self._inbox.get(timeout=self._next_alarm_s()))
+            except queue.Empty:
+                self._park_idle()
         self._drain()
         self._give_up_unread()
 
     def _next_alarm_s(self) -> float | None:
         """Seconds until something is to be done that nobody will post; None if nothing is."""
         rested = [one.rested_since() for one in self._jobs]
-        first = min((since_s for since_s in rested if since_s is not None), default=None)
-        if first is None:
+        alarms = [
+            since_s + turn_module.READER_PATIENCE_S for since_s in rested if since_s is not None
+        ]
+        if self._park_after_s is not None:
+            idle = (seat.idle_since_s for seat in self._seats if _can_park(seat))
+            alarms += [since_s + self._park_after_s for since_s in idle]
+        first = min(alarms, default=math.inf)
+        if first == math.inf:
             return None
-        return max(0.0, first + turn_module.READER_PATIENCE_S - time.perf_counter())
+        return min(max(0.0, first - time.perf_counter()), _LONGEST_WAIT_S)
+
+    # Memory.
+
+    def awake(self, seat: Seat) -> Sequence:
+        """The seat's sequence, brought back if it was parked; call it in the engine thread.
+
+        Raises PoolExhausted without room for it.
+        """
+        parked = seat.parked
+        if parked is not None:
+            seat.sequence = self._with_room(lambda: self._lot.resume(parked), seat)
+            seat.parked = None
+            seat.idle_since_s = time.perf_counter()
+            self.counters.resumed += 1
+        return seat.sequence
+
+    def park(self, seat: Seat) -> None:
+        """Park an idle seat; call it in the engine thread, with the seat's lock held.
+
+        Raises SessionBusy if marks are held, OSError if the file cannot be written.
+        """
+        if seat.parked is None:
+            seat.forget_recent()
+            seat.parked = self._lot.park(seat.sequence)
+            self.counters.parked += 1
+
+    def _park_idle(self) -> None:
+        """Park the seats that have been idle for long enough, but do not keep others waiting."""
+        if self._park_after_s is None:
+            return
+        now_s = time.perf_counter()
+        for seat in list(self._seats):
+            is_due = _can_park(seat) and now_s - seat.idle_since_s >= self._park_after_s
+            if is_due and not self._try_park(seat):
+                seat.idle_since_s = now_s  # try again after as long
+            if not self._inbox.empty():
+                return
+
+    def _try_park(self, seat: Seat) -> bool:
+        # Who holds the lock may be waiting for this thread.
+        if not seat.lock.acquire(blocking=False):
+            return False
+        try:
+            if not _can_park(seat):
+                return False
+            self.park(seat)
+        except (SessionBusy, OSError):
+            return False
+        finally:
+            seat.lock.release()
+        return True
+
+    def _with_room(self, act: Callable[[], T], seat: Seat | None = None) -> T:
+        """``act``, again and again while it finds no room and something can still be put away."""
+        while True:
+            try:
+                return act()
+            except PoolExhausted:
+                if not self._make_room(seat):
+                    raise
+
+    def _make_room(self, but: Seat | None) -> bool:
+        """Give up memory that can be done without; False if there is none."""
+        for seat in self._seats:
+            # Points to go back to for output that was not heard.
+            if seat.recent and seat is not but and seat.lock.acquire(blocking=False):
+                try:
+                    seat.forget_recent()
+                finally:
+                    seat.lock.release()
+                return True
+        if self._park_after_s is None:
+            return False
+        idle = sorted(self._seats, key=lambda seat: seat.idle_since_s)
+        return any(self._try_park(seat) for seat in idle if seat is not but and _can_park(seat))
 
     def _give_up_unread(self) -> None:
         """End the turns whose readers stay away."""
@@ -325,6 +422,8 @@ class EngineLoop:
                 self.costs.learn(*size, busy_s)
 
     def _begin(self, job: Job) -> bool:
+        if job.seat.parked is not None:
+            self.awake(job.seat)
         return job.begin_step() and self._prepare(job)
 
     def _prepare(self, job: Job) -> bool:
@@ -361,6 +460,10 @@ class EngineLoop:
             with self._kernels():
                 hidden = self._model.runner.run(pieces)
             return list(zip((job for job, _ in step), hidden, strict=True))
+        except PoolExhausted as error:
+            if not self._make_room(None) and len(step) == 1:
+                step[0][0].fail(error)
+                return []
         except Exception as error:
             if len(step) == 1:
                 step[0][0].fail(error)
@@ -430,10 +533,11 @@ class EngineLoop:
                 f"engine: all {self.max_sessions} sessions are open; close one first"
             )
         capacity = self._capacity() if self._admission == "capacity" else None
-        if capacity is not None and len(self._seats) >= max(1, capacity):
+        num_awake = sum(seat.parked is None for seat in self._seats)
+        if capacity is not None and num_awake >= max(1, capacity):
             self.counters.refused += 1
             raise Overloaded(
-                f"engine: {len(self._seats)} sessions are open, and with one more a tick in a "
+                f"engine: {num_awake} sessions are open, and with one more a tick in a "
                 f"hundred would take longer than {TICK_MS} ms",
                 reason="capacity",
                 retry_after_ms=_RETRY_MS,
@@ -461,14 +565,18 @@ class EngineLoop:
         for job in self._jobs:
             if job.seat is seat:
                 job.fail(error)
-        with seat.lock:
-            waiting = list(seat.parts)
-            seat.parts.clear()
+        waiting: list[Part] = []
+        if seat.turns:  # else who holds the lock may be waiting for this thread
+            with seat.lock:
+                waiting = list(seat.parts)
+                seat.parts.clear()
         if waiting:
             endings = [Ending(part.turn, (), error) for part in waiting]
             end_together(endings, lambda: seat.settle(waiting))
         if seat.attachment is not None:
             seat.attachment.closed()
+        if seat.parked is not None:
+            self._lot.drop(seat.parked)
         seat.sequence.close()
         if self._stops_when_empty and not self._seats:
             self._is_stopping = True
@@ -484,6 +592,10 @@ class EngineLoop:
     def _join(self) -> None:
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+
+def _can_park(seat: Seat) -> bool:
+    return seat.parked is None and not seat.turns and not seat.is_closed
 
 
 def _harmless(act: Callable[[], None]) -> Callable[[], None]:

@@ -102,14 +102,25 @@ def new_seat(host: Host, options: SessionOptions) -> Seat:
 
 
 def new_loop(
-    model: Model, layout: AnyLayout, max_sessions: int, admission: Admission
+    model: Model,
+    layout: AnyLayout,
+    max_sessions: int,
+    *,
+    admission: Admission,
+    park_after_s: float | None,
+    park_dir: str | Path | None,
 ) -> EngineLoop:
     """An engine of its own for ``model``; raises InvalidArgument if one runs it already."""
     with _loops_gate:
         if _running_loop(model) is not None:
             raise InvalidArgument("model: another engine runs it; close that one first")
         loop = EngineLoop(
-            model, max_sessions, admission=admission, warm_up=lambda: _warm_up(model, layout)
+            model,
+            max_sessions,
+            admission=admission,
+            park_after_s=park_after_s,
+            park_dir=park_dir,
+            warm_up=lambda: _warm_up(model, layout),
         )
         _loops[model] = weakref.ref(loop)
         return loop

@@ -4,12 +4,14 @@ The session object that users hold is only a handle; when it is collected the se
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, NamedTuple, Protocol
 
+from tml_core.engine.parking import Parked
 from tml_core.engine.sampler import SamplingParams
 from tml_core.engine.turn import Turn
 from tml_core.errors import Conflict, SessionBusy, SessionClosed, TmlError
@@ -125,7 +127,8 @@ class Seat:
     ``turns``: the open ones, oldest first; ``parts``: those of them that wait behind the one that
     runs. ``position``: of the sequence and what is unsent, when no turn is open. ``last_seq`` and
     ``numbered``: the number of the last append that had one, and the turns of the last few.
-    ``recent``: the last ticks from the first on in which something was said.
+    ``recent``: the last ticks from the first on in which something was said. ``parked``: where
+    the sequence, closed then, has gone. ``idle_since_s``: `time.perf_counter` of the last use.
     """
 
     sequence: Sequence
@@ -145,6 +148,8 @@ class Seat:
     waiting_items: tuple[ToolResult, ...] = ()
     transcript: deque[TickRecord] = field(default_factory=lambda: deque(maxlen=MAX_TRANSCRIPT))
     is_closed: bool = False
+    parked: Parked | None = None
+    idle_since_s: float = field(default_factory=time.perf_counter)
     attachment: Attachment | None = None
 
     @property
@@ -230,6 +235,7 @@ class Seat:
         """
         with self.lock:
             self.output = None
+            self.idle_since_s = time.perf_counter()
             for part in parts:
                 self.turns.remove(part.turn)
             if state is None:

@@ -33,7 +33,7 @@ _SEQUENCE_NAME: Final = "sequence.safetensors"
 def write_session(host: Host, seat: Seat, target: Path, folder: Path) -> None:
     """Both halves into a file in ``folder``, then onto ``target``; the seat is idle."""
     sequence_file, archive_file = folder / "sequence", folder / "archive"
-    host.loop.call(lambda: seat.sequence.snapshot(sequence_file))
+    host.loop.call(lambda: host.loop.awake(seat).snapshot(sequence_file))
     header = {
         "format": _FORMAT,
         "version": _VERSION,

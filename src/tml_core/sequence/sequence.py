@@ -154,6 +154,11 @@ class Sequence:
         return self.slot.global_.num_pages + self.slot.sliding.num_pages
 
     @property
+    def num_marks(self) -> int:
+        """Marks that it can still be rewound to, and that are held by somebody."""
+        return len(self._idle_slot("num_marks").sliding.pins)
+
+    @property
     def state_hash(self) -> str:
         """Hex hash of all that was appended: ids, media embeddings and blocks at their positions.
 
@@ -324,11 +329,12 @@ class Sequence:
 
     # Keeping and leaving.
 
-    def snapshot(self, path: str | Path) -> None:
+    def snapshot(self, path: str | Path, *, durable: bool = True) -> None:
         """Write all of it to one file, which is replaced only once it is complete.
 
-        Marks are not kept. The file is a function of the state alone; its format is described in
-        `tml_core.sequence.snapshot`. Raises OSError when it cannot be written.
+        With ``durable`` only once it is on disk. Marks are not kept. The file is a function of the
+        state alone; its format is described in `tml_core.sequence.snapshot`. Raises OSError when
+        it cannot be written.
         """
         slot = self._idle_slot("snapshot")
         write_snapshot(
@@ -340,6 +346,7 @@ class Sequence:
             carry=self._carry,
             retention=self.retention,
             boundaries=self._boundaries,
+            durable=durable,
         )
 
     @classmethod

@@ -76,8 +76,10 @@ def write_snapshot(
     carry: Carry,
     retention: Retention | None,
     boundaries: list[int],
+    durable: bool = True,
 ) -> None:
-    """Write the sequence of ``slot``; an existing file is replaced once the new one is on disk."""
+    """Write the sequence of ``slot``; an existing file is replaced once the new one is complete,
+    and, if ``durable``, on disk."""
     kv = store.kv
     meta = {
         **_identity(store),
@@ -103,7 +105,7 @@ def write_snapshot(
     ]
     if carry.frame is not None:
         entries.append(_array_entry("frame", torch.from_numpy(carry.frame.copy())))
-    with _replacing(path) as file:
+    with _replacing(path, durable) as file:
         _write_safetensors(file, meta, entries)
 
 
@@ -348,18 +350,21 @@ def _write_safetensors(file: BinaryIO, meta: Mapping[str, str], entries: list[_E
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def _replacing(path: Path, durable: bool) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` when the body is done, or else is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if not durable:
+        return
     # The new name itself must survive a crash.
     directory = os.open(path.parent, os.O_RDONLY)
     try:
