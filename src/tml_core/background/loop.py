@@ -120,6 +120,7 @@ class RunnerLoop:
             with self._gate:
                 self._is_closed = True
             for job in list(self._tasks):  # those that would not end
+                del self._tasks[job]
                 job.put(Cancelled(CLOSED))
                 self._on_outcome(job)
             with contextlib.suppress(Exception):
@@ -170,7 +171,8 @@ class RunnerLoop:
             task.cancel()
 
     def _ended(self, job: Job, task: "asyncio.Task[None]") -> None:
-        del self._tasks[job]
+        if self._tasks.pop(job, None) is None:
+            return  # it was left behind
         if not task.cancelled() and task.exception() is not None:
             job.put(Failed(_reason(task.exception())))
         # Cancelled before its first step, or by something it had not asked for.

@@ -396,7 +396,9 @@ class BackgroundRunner:
                 attachment.drop(entry)
             else:
                 attachment.replace(entry, text, DELEGATE if job.call_id is None else None)
-        except Exception:
+        except asyncio.CancelledError:
+            raise
+        except BaseException:  # SystemExit must not end the loop
             # Rather a result that says it was overtaken than none.
             entry.num_rechecks = _MAX_RECHECKS
             attachment.release(entry, is_seen=False)

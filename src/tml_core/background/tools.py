@@ -11,7 +11,7 @@ import contextvars
 import inspect
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Protocol, cast
 
 from tml_core.background.extra import require
@@ -44,7 +44,7 @@ class Tool(Protocol):
     def parameters(self) -> dict[str, Any]:
         """JSON Schema, of type object."""
 
-    async def __call__(self, arguments: dict[str, Any], report: Report, /) -> str:
+    def __call__(self, arguments: dict[str, Any], report: Report, /) -> Coroutine[Any, Any, str]:
         """Run it; ``report`` shows progress. May raise anything."""
 
 
@@ -166,7 +166,7 @@ class Toolbox:
 
     async def _timed(self, tool: Tool, values: dict[str, Any], report: Report) -> str:
         """Run a tool in a task of its own, so that one that swallows its cancel holds up nobody."""
-        task = asyncio.ensure_future(tool(values, report))
+        task = asyncio.ensure_future(_contained(tool(values, report)))
         try:
             done, _ = await asyncio.wait({task}, timeout=self._timeout_s)
         except asyncio.CancelledError:
@@ -190,6 +190,14 @@ class Toolbox:
                 return
             task.cancel()
         self.num_abandoned += 1
+
+
+async def _contained(work: Coroutine[Any, Any, str]) -> str:
+    """What would end the loop if it left a task, a tool may raise too."""
+    try:
+        return await work
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise ToolFailed(_reason(error)) from error
 
 
 async def _in_thread(function: Callable[[], Any], name: str, places: threading.Semaphore) -> Any:
