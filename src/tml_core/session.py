@@ -329,15 +329,11 @@ class Session:
             part = Part(self._new_turn(deadline_ms), seat.layout.begin_output, taken, answer)
             if not is_waiting:
                 seat.encode(part, seat.state)
-                try:
-                    self._host.loop.submit(Job(seat, [part]))
-                except BaseException:
-                    seat.take_back(part)
-                    raise
+                self._submit(part)
             else:
                 # The turn that runs is followed by this one; the engine sees it when that ends.
                 seat.parts.append(part)
-            seat.turns.append(part.turn)
+                seat.turns.append(part.turn)
             if seq is not None:
                 seat.last_seq = seq
                 seat.numbered.append((seq, part.turn))
@@ -417,8 +413,10 @@ class Session:
         """
         _require_mark("mark", mark)
         seat = self._seat
-        with self._idle("rewind"):
-            self._host.loop.call(lambda: self._host.loop.awake(seat).rewind(mark._mark))
+
+        def move() -> None:
+            # All of it in the engine thread: an interrupted caller leaves no half of it undone.
+            self._host.loop.awake(seat).rewind(mark._mark)
             seat.state, seat.waiting_items = mark._state, mark._items
             seat.position = mark.position
             seat.epoch += 1
@@ -426,6 +424,9 @@ class Session:
                 seat.transcript.pop()
             while seat.recent and seat.recent[-1].tick >= mark.tick:
                 seat.recent.pop()
+
+        with self._idle("rewind"):
+            self._host.loop.call(move)
 
     def truncate(self, heard_ms: float) -> int | None:
         """Drop what the user has not heard at ``heard_ms`` of media time; keep all that came in.
@@ -638,8 +639,18 @@ class Session:
         """Hand over a turn that nothing is ahead of; the lock is held."""
         seat = self._seat
         part.tick = seat.state.tick
-        self._host.loop.submit(Job(seat, [part]))
+        job = Job(seat, [part])
         seat.turns.append(part.turn)
+        try:
+            self._host.loop.submit(job)
+        except SessionClosed:
+            seat.turns.remove(part.turn)
+            seat.take_back(part)
+            raise
+        except BaseException:
+            # A Ctrl-C: the engine may have it already, and nobody would read it.
+            self._host.loop.retract(job)
+            raise
         return part.turn
 
     def _new_turn(self, deadline_ms: float | None = None) -> Turn:

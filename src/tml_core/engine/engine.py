@@ -32,7 +32,7 @@ from tml_core.engine.scheduler import compose
 from tml_core.engine.seat import Part, Seat
 from tml_core.engine.stats import EngineCounters, EngineStats
 from tml_core.engine.turn import Ending, end_together
-from tml_core.errors import Overloaded, PoolExhausted, SessionBusy, SessionClosed
+from tml_core.errors import Overloaded, PoolExhausted, SessionBusy, SessionClosed, TmlError
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import Block, Segment
 from tml_core.ops.lm_head import SampleRows
@@ -179,6 +179,10 @@ class EngineLoop:
                 self._jobs.append(self._next_job(seat))
 
         self._post(begin)
+
+    def retract(self, job: Job) -> None:
+        """Undo `submit`, however far it came: its caller was interrupted and reads no turn."""
+        self._inbox.put(lambda: job.fail(TmlError("turn: its append was interrupted")))
 
     def wake(self) -> None:
         """Make the engine look at its turns again."""
@@ -482,8 +486,12 @@ class EngineLoop:
             with self._kernels():
                 tokens, logprobs = self._model.backbone.sample(h_BD, rows)
         except Exception as error:
+            if len(wanting) == 1:
+                wanting[0].fail(error)
+                return
+            # Draws keep no state: one by one, an error ends only the turn it belongs to.
             for job in wanting:
-                job.fail(error)
+                self._sample([job], batch_size)
             return
         for job, token_id, logprob in zip(wanting, tokens.tolist(), logprobs.tolist(), strict=True):
             self._guarded(
