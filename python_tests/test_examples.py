@@ -11,7 +11,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SHOWS = {
     "asyncio_service.py": "sessions still open: 0",
     "fork_two_futures.py": "kept ",
+    "grpo_letters.py": "first ratio exactly 1 in 12 of 12 rounds",
     "microphone.py": " 2.8 s  ",
+    "train_tiny.py": "5 of 5 sessions are known by heart",
 }
 
 

@@ -61,6 +61,7 @@ def test_a_run_resumes_with_the_same_bits_at_any_step(
     assert_same(everything(trainer), everything(whole))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert [step for step, _ in losses(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
+    whole.plot()
     assert (tmp_path / "whole" / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     # A run that is over stays as it is.
     again = Trainer(broken_run)

@@ -1,4 +1,4 @@
-"""The command line: ``tml-core run``, ``info``, ``align`` and ``load``.
+"""The command line: ``tml-core run``, ``info``, ``train``, ``align`` and ``load``.
 
 What goes wrong on purpose is one line on stderr and exit code 2, never a traceback.
 """
@@ -77,6 +77,17 @@ def info(model: _Model = "nano", dtype: _Dtype = "bfloat16") -> None:
     from tml_core.cli.about import about
 
     Console(highlight=False).print(about(model, dtype))
+
+
+@app.command()
+def train(config: Annotated[Path, typer.Argument(help="A run, as TOML.")]) -> None:
+    """Train a model, or go on where the run's folder ends.
+
+    Ctrl-C ends it after the step, with a checkpoint; what was killed resumes with the same bits.
+    """
+    from tml_core.cli.train import run_train
+
+    run_train(config, Console(highlight=False))
 
 
 @app.command()

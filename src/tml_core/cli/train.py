@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from tml_core.errors import MissingExtra
 from tml_core.train.config import TrainConfig
 from tml_core.train.metrics import StepMetrics
 from tml_core.train.trainer import Trainer
@@ -60,6 +61,10 @@ def run_train(path: Path, console: Console) -> Path:
     if trainer.step < num_steps:
         console.print(f"stopped after step {trainer.step} of {num_steps}; run again to resume")
     console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
+    try:
+        trainer.plot()
+    except MissingExtra as error:
+        console.print(f"no loss.png: {error}", soft_wrap=True)
     return checkpoint
 
 

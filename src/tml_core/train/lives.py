@@ -3,12 +3,11 @@
 Sound, pictures and typed text come in pieces of any size; several sessions share a step; steps are
 cut anywhere; sessions are forked and rewound on the way, and end at different lengths.
 
-Legend: B rows of a draw, D hidden size, N drawn tokens.
+Legend: N drawn tokens.
 """
 
 import random
 import string
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +25,15 @@ from tml_core.layout.chunk import Chunk
 from tml_core.layout.micro_turn import MicroTurnLayout
 from tml_core.layout.state import Stream
 from tml_core.media.micro_turns import TICK_SAMPLES
-from tml_core.model.backbone import Backbone
 from tml_core.model.config import ModelConfig
 from tml_core.model.kv_store import KvStore
 from tml_core.model.tokenizer import load_tokenizer
 from tml_core.model.weights import load_weights
 from tml_core.ops.linear_logp import IGNORED_TARGET
-from tml_core.ops.lm_head import SampleRows
 from tml_core.sequence.store import SequenceStore
 from tml_core.session import Engine, Session, SessionMark
 from tml_core.train.packing import Transcript
+from tml_core.train.recorder import RecordingBackbone
 
 __all__ = ["RandomLives", "SampledTranscript"]
 
@@ -85,25 +83,6 @@ class _Life:
         return sum(len(one.token_ids) for one in self.ticks[self.num_inherited :])
 
 
-class _Recorder(Backbone):
-    """A backbone that remembers what it drew: for each seed (token, log-probability), in order."""
-
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-        super().__init__(config, weights, dtype)
-        self._drawn: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
-
-    def sample(self, h_BD: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
-        tokens_B, logprobs_B = super().sample(h_BD, rows)
-        drawn = zip(tokens_B.tolist(), logprobs_B.tolist(), strict=True)
-        for seed, one in zip(rows.seed_B.tolist(), drawn, strict=True):
-            self._drawn[seed].append(one)
-        return tokens_B, logprobs_B
-
-    def take(self, seed: int) -> list[tuple[int, float]]:
-        """What was drawn with ``seed`` since it was last taken."""
-        return self._drawn.pop(seed, [])
-
-
 class RandomLives:
     """Random sessions of the checkpoint in ``directory``, served in ``dtype``.
 
@@ -114,7 +93,7 @@ class RandomLives:
     def __init__(self, directory: Path, config: ModelConfig, dtype: torch.dtype, seed: int) -> None:
         weights = load_weights(directory, config, dtype)
         fingerprint = weights_fingerprint(config, weights)
-        self._recorder = _Recorder(config, weights, dtype)
+        self._recorder = RecordingBackbone(config, weights, dtype)
         max_positions = min(_MAX_POSITIONS, config.text.max_positions)
         num_pages = 2 * _NUM_SLOTS * -(-max_positions // PAGE_LEN)  # marks hold some too
         kv = KvStore(config.text, dtype, _NUM_SLOTS, max_positions, num_pages, num_pages)

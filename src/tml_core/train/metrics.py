@@ -66,9 +66,7 @@ class MetricsFile:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise MissingExtra(
-                "plot: needs matplotlib; install it with pip install 'tml_core[train]'"
-            ) from error
+            raise MissingExtra("plot: needs matplotlib; pip install 'tml_core[plot]'") from error
         rows = self.read()
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()

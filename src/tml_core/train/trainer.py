@@ -150,8 +150,11 @@ class Trainer:
                 self.save()
         if self.step not in self._checkpoints.steps():
             self.save()
-        self._metrics.plot()
         return self._checkpoints.path(self._checkpoints.steps()[-1])
+
+    def plot(self) -> None:
+        """Draw ``loss.png`` of the run so far. Raises MissingExtra without matplotlib."""
+        self._metrics.plot()
 
     def train_step(self) -> StepMetrics:
         """One optimizer step over the next ``accumulate`` batches."""
