@@ -1,6 +1,7 @@
 """The live session's own model, thinking on a fork of it: the background shares its memory."""
 
-import asyncio
+import threading
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Final
@@ -9,14 +10,14 @@ from tml_core.background.backend import JobContext
 from tml_core.background.local_model import answer_calls, answer_in, closed, opened
 from tml_core.background.updates import Final as FinalUpdate
 from tml_core.background.updates import Partial, Progress
-from tml_core.errors import InvalidArgument, SessionBusy, SessionClosed
+from tml_core.errors import InvalidArgument, SessionBusy
 from tml_core.layout.chunk import Chunk
 from tml_core.layout.events import TextToken, ToolCall
 from tml_core.session import Session
 
 __all__ = ["ForkBackend"]
 
-_BETWEEN_TRIES_S: Final = 0.004
+_BETWEEN_TRIES_S: Final = 0.0005
 
 
 class ForkBackend:
@@ -68,15 +69,26 @@ class ForkBackend:
             await closed(twin)
 
     async def _fork(self, live: Session) -> Session:
-        """Between two turns; the live session's clock goes on, so one need not wait long."""
-        async with asyncio.timeout(self._fork_timeout_s):
+        stop = threading.Event()
+
+        def make() -> Session:
+            give_up_s = time.monotonic() + self._fork_timeout_s
             while True:
                 try:
-                    return await opened(lambda: live.fork(seed=self._seed))
+                    return live.fork(seed=self._seed)
                 except SessionBusy:
-                    await asyncio.sleep(_BETWEEN_TRIES_S)
-                except SessionClosed:
-                    raise SessionClosed("fork: the session was closed meanwhile") from None
+                    if time.monotonic() > give_up_s:
+                        raise TimeoutError(
+                            f"fork: the session was busy for {self._fork_timeout_s:g} s"
+                        ) from None
+                    # The pause between two ticks may be short.
+                    if stop.wait(_BETWEEN_TRIES_S):
+                        raise
+
+        try:
+            return await opened(make)
+        finally:
+            stop.set()
 
     async def _listen(
         self, twin: Session, job: JobContext, request: str

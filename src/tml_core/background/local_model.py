@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -109,20 +110,30 @@ async def answer_calls(session: Session, job: JobContext, calls: list[ToolCall])
 
 
 async def opened(make: Callable[[], Session]) -> Session:
-    """A session made in a thread; a cancel meanwhile closes it as soon as it is there."""
-    task = asyncio.ensure_future(asyncio.to_thread(make))
+    """A session made in a thread; after a cancel the thread closes what it makes."""
+    gate = threading.Lock()
+    made: list[Session] = []
+    is_unwanted = False
+
+    def work() -> Session:
+        session = make()
+        with gate:
+            if not is_unwanted:
+                made.append(session)
+                return session
+        session.close()
+        return session
+
     try:
-        return await asyncio.shield(task)
+        return await asyncio.to_thread(work)
     except asyncio.CancelledError:
-        task.add_done_callback(_close_unwanted)
+        with gate:
+            is_unwanted = True
+        for session in made:
+            await closed(session)
         raise
 
 
 async def closed(session: Session) -> None:
     """Close a session off the event loop; a cancel does not get in between."""
     await asyncio.shield(asyncio.to_thread(session.close))
-
-
-def _close_unwanted(task: "asyncio.Future[Session]") -> None:
-    if not task.cancelled() and task.exception() is None:
-        asyncio.get_running_loop().run_in_executor(None, task.result().close)
