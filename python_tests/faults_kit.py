@@ -24,7 +24,7 @@ from tml_core import Chunk, Engine, Model, Session, Turn, load_model
 from tml_core.model.config import bundled_path
 from tml_core.ops.lm_head import SampleRows
 
-WAIT_S: Final = 300.0
+WAIT_S: Final = 150.0
 WINDOW: Final = 96
 NUM_SLOTS: Final = 12
 MAX_POSITIONS: Final = 4096
@@ -119,9 +119,14 @@ class Others:
         self._turns: list[Turn] = []
         self._num_ticks = 0
 
-    def begin_tick(self) -> None:
-        """Both have a turn open after this, in the same step as what comes next."""
-        self._turns = [session.append(noise(self._num_ticks)) for session in self._sessions]
+    def begin_tick(self, *, is_read: bool = False) -> None:
+        """Both have a turn open after this, in the same step as what comes next. ``is_read``: all
+        of it will be read, however late."""
+        with standing_still(self._sessions[0]):
+            self._turns = [session.append(noise(self._num_ticks)) for session in self._sessions]
+            if is_read:
+                for turn in self._turns:
+                    turn._read_all()
         self._num_ticks += 1
 
     def end_tick(self) -> None:
