@@ -51,7 +51,8 @@ std::string dims_text(const std::int64_t* dims, int count) {
 
 }  // namespace
 
-Tensor::Tensor(nb::handle object, const char* op, const char* name) : op_(op), name_(name) {
+Tensor::Tensor(nb::handle object, const char* op, const char* name, Place place)
+    : op_(op), name_(name) {
   const std::string where = std::string(op) + ": " + name;
   PyTypeObject* type = Py_TYPE(object.ptr());
   const DLPackExchangeAPI* api = exchange_of(type);
@@ -63,8 +64,12 @@ Tensor::Tensor(nb::handle object, const char* op, const char* name) : op_(op), n
     PyErr_Clear();
     throw ArgumentTypeError(where + " must be a dense tensor with storage (not meta or sparse)");
   }
-  if (view_.device.device_type != kDLCPU)
+  const bool is_cpu = view_.device.device_type == kDLCPU;
+  if (place == Place::kCpu && !is_cpu)
     throw ArgumentError(where + " must be on the CPU, got a tensor on another device");
+  if (place == Place::kCuda && view_.device.device_type != kDLCUDA)
+    throw ArgumentError(where + " must be on a CUDA device, got a tensor " +
+                        (is_cpu ? "on the CPU" : "on another device"));
   if (!to_dtype(view_.dtype, &dtype_))
     throw ArgumentError(where + " has an unsupported dtype (expected float32, bfloat16, int32, " +
                         "int64 or uint8)");
@@ -138,6 +143,18 @@ const Tensor& Tensor::aligned(std::size_t num_bytes) const {
   if (reinterpret_cast<std::uintptr_t>(data()) % num_bytes != 0)
     refuse("aligned to " + std::to_string(num_bytes) + " bytes", "a misaligned pointer");
   return *this;
+}
+
+void* current_cuda_stream(nb::handle tensor, int device_id) {
+  const DLPackExchangeAPI* api = exchange_of(Py_TYPE(tensor.ptr()));
+  void* stream = nullptr;
+  if (api == nullptr || api->current_work_stream == nullptr ||
+      api->current_work_stream(kDLCUDA, device_id, &stream) != 0) {
+    PyErr_Clear();
+    throw ArgumentError("cuda: torch told no current stream of device " +
+                        std::to_string(device_id));
+  }
+  return stream;
 }
 
 }  // namespace tml

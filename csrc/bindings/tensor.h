@@ -26,9 +26,11 @@ struct ArgumentTypeError : std::invalid_argument {
 
 inline constexpr std::int64_t kAny = -1;
 
+enum class Place { kCpu, kCuda };
+
 class Tensor {
  public:
-  Tensor(nb::handle object, const char* op, const char* name);
+  Tensor(nb::handle object, const char* op, const char* name, Place place = Place::kCpu);
 
   // Checks; each returns *this so that they chain.
   const Tensor& dtype(DType expected) const;
@@ -41,6 +43,7 @@ class Tensor {
 
   DType type() const { return dtype_; }
   int ndim() const { return view_.ndim; }
+  int device_id() const { return view_.device.device_id; }
   std::int64_t size(int dim) const { return view_.shape[dim]; }
   std::int64_t stride(int dim) const;
   std::int64_t numel() const;
@@ -58,5 +61,8 @@ class Tensor {
   const char* op_;
   const char* name_;
 };
+
+// torch's current stream of a CUDA device (a cudaStream_t), asked through the same exchange API.
+void* current_cuda_stream(nb::handle tensor, int device_id);
 
 }  // namespace tml

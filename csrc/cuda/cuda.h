@@ -4,9 +4,9 @@
 // Where the layout of an operand differs from the CPU's, cuda/layout.h has it.
 #pragma once
 
-#include <string>
+#include <cstddef>
 
-#include "cuda/launch.h"
+#include "cuda/lent.h"
 #include "ops/attn_prologue.h"
 #include "ops/dmel_embed.h"
 #include "ops/embed.h"

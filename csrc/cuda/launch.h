@@ -7,17 +7,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/lent.h"
 #include "cuda/simt.h"
 
 namespace tml::cuda {
-
-// What the caller lends to an op for one launch.
-struct Launch {
-  void* stream;     // cudaStream_t
-  void* workspace;  // device memory of at least <op>_workspace_bytes, 256-byte aligned
-  std::size_t workspace_bytes;
-  int num_sms;
-};
 
 // Hands out aligned parts of a workspace; sizes alone when it starts at null.
 class Workspace {
