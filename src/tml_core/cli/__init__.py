@@ -45,6 +45,16 @@ def run(
     transcript: Annotated[
         Path | None, typer.Option(help="Write what happened to this file, as JSON lines.")
     ] = None,
+    background: Annotated[
+        str | None,
+        typer.Option(help="A second model for jobs: local (a llama.cpp server) or a URL."),
+    ] = None,
+    background_model: Annotated[
+        str | None, typer.Option(help="Its name, where --background is a URL.")
+    ] = None,
+    delegate: Annotated[
+        str | None, typer.Option(help="A job to start with, as if the model had asked for it.")
+    ] = None,
 ) -> None:
     """Run a live session on a recording and show it tick by tick.
 
@@ -66,6 +76,9 @@ def run(
             dtype=dtype,
             system=system,
             transcript=transcript,
+            background=background,
+            background_model=background_model,
+            delegate=delegate,
         ),
         Console(),
     )
@@ -132,6 +145,10 @@ def load(
     ] = 0.0,
     barge_ins: Annotated[float, typer.Option(help="Turns cancelled per client and minute.")] = 0.0,
     deadline_ms: Annotated[float, typer.Option(help="A later answer is a miss.")] = 200.0,
+    degrade: Annotated[
+        str,
+        typer.Option(help="none, emit_silence, shrink_output or coalesce_input."),
+    ] = "none",
     seed: Annotated[int, typer.Option(help="Of the clients and of what is sampled.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG (needs the extra 'plot').")] = None,
@@ -141,7 +158,7 @@ def load(
     Each client feeds the bundled recording, 200 ms every 200 ms, whether it is answered or not.
     """
     from tml_core.cli.load import LoadOptions, run_load_command
-    from tml_core.load.plan import LoadSpec, as_phase
+    from tml_core.load.plan import LoadSpec, as_degrade, as_phase
 
     spec = LoadSpec(
         num_sessions=sessions,
@@ -153,6 +170,7 @@ def load(
         disconnects=disconnects,
         barge_ins=barge_ins,
         deadline_ms=deadline_ms,
+        degrade=as_degrade(degrade),
         seed=seed,
     )
     options = LoadOptions(spec, model, dtype, video, capacity, json, plot)

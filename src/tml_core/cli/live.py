@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import av
 import soundfile
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from tml_core import _ext
-from tml_core.cli.timeline import TickView, Totals, footer, header, plain_line, row
+from tml_core.cli.timeline import TickView, Totals, footer, header, job_line, plain_line, row
 from tml_core.engine.model import Model, load_model
 from tml_core.engine.sampler import SamplingParams
 from tml_core.errors import InvalidArgument
@@ -24,6 +24,10 @@ from tml_core.media.clips import clips
 from tml_core.media.micro_turns import TICK_MS, MicroTurn, micro_turns
 from tml_core.ops._common import num_threads
 from tml_core.session import Session
+
+if TYPE_CHECKING:
+    from tml_core.background.runner import BackgroundRunner
+    from tml_core.cli.jobs import JobLines
 
 __all__ = ["RunOptions", "run_live"]
 
@@ -42,6 +46,9 @@ class RunOptions:
     dtype: str = "bfloat16"
     system: str | None = None
     transcript: Path | None = None
+    background: str | None = None
+    background_model: str | None = None
+    delegate: str | None = None
 
 
 def run_live(options: RunOptions, console: Console) -> Totals:
@@ -52,13 +59,29 @@ def run_live(options: RunOptions, console: Console) -> Totals:
         if options.transcript is not None:
             log = stack.enter_context(_opened(options.transcript))
         model = load_model(options.model, dtype=options.dtype, max_sequences=1)
+        runner = None
+        if options.background is not None:
+            from tml_core.cli.jobs import background_runner  # its packages are an extra
+
+            where, name = options.background, options.background_model
+            runner = stack.enter_context(
+                background_runner(where, name, heeds_model=model.is_trained)
+            )
         session = stack.enter_context(
-            Session(model, seed=options.seed, sampling=options.sampling, system=options.system)
+            Session(
+                model,
+                seed=options.seed,
+                sampling=options.sampling,
+                system=options.system,
+                tools=() if runner is None else runner.declarations,
+            )
         )
         view = _View(console, feed.media_ms, log)
         view.open(options, model, feed.words)
         try:
-            _run(session, feed.ticks, options.is_realtime, view)
+            if runner is not None:
+                _attach(session, runner, options.delegate, view)
+            _run(session, feed.ticks, options.is_realtime, view, runner)
         finally:
             view.close()
         return view.totals
@@ -109,9 +132,31 @@ def _video_ms(path: Path) -> int | None:
         return None if duration_us is None else duration_us // 1000
 
 
-def _run(session: Session, ticks: Iterator[MicroTurn], is_realtime: bool, view: "_View") -> None:
+def _attach(
+    session: Session, runner: "BackgroundRunner", delegate: str | None, view: "_View"
+) -> None:
+    """Tie them together. A model that is untrained delegates nothing, so we do in its place."""
+    from tml_core.cli.jobs import DEFAULT_REQUEST, JobLines
+
+    session.attach(runner)
+    view.jobs = JobLines(runner)
+    request = delegate
+    if request is None and not session.model.is_trained:
+        request = DEFAULT_REQUEST
+    if request is not None:
+        runner.submit(request, session=session)
+
+
+def _run(
+    session: Session,
+    ticks: Iterator[MicroTurn],
+    is_realtime: bool,
+    view: "_View",
+    runner: "BackgroundRunner | None" = None,
+) -> None:
     start_s = time.perf_counter()
     is_ticking = session.model.config.interaction is not None
+    index = -1
     for index, micro_turn in enumerate(ticks):
         if is_realtime:
             # 200 ms of sound are there when they have passed.
@@ -120,6 +165,13 @@ def _run(session: Session, ticks: Iterator[MicroTurn], is_realtime: bool, view: 
         chunk = as_chunk(micro_turn)
         result = session.append(chunk).result()
         view.show(TickView(index, chunk, result), session, time.perf_counter() - start_s)
+    if runner is not None:
+        from tml_core.cli.jobs import idle_chunks
+
+        for extra, chunk in enumerate(idle_chunks(runner), index + 1):
+            result = session.append(chunk).result()
+            view.show(TickView(extra, chunk, result), session, time.perf_counter() - start_s)
+        view.show_jobs()
     if not is_ticking:
         view.answer(session)
 
@@ -132,6 +184,7 @@ class _View:
         self._console = console
         self._log = log
         self._live: Live | None = None
+        self.jobs: JobLines | None = None
 
     def open(self, options: RunOptions, model: Model, feed: str) -> None:
         dtype = str(model.dtype).removeprefix("torch.")
@@ -159,9 +212,20 @@ class _View:
         self._write(type="tick", **_tick_record(tick))
         if self._live is None:
             self._console.print(plain_line(tick), markup=False, highlight=False, soft_wrap=True)
-            return
-        self._live.console.print(row(tick))
-        self._live.update(footer(self.totals), refresh=True)
+        else:
+            self._live.console.print(row(tick))
+        self.show_jobs()
+        if self._live is not None:
+            self._live.update(footer(self.totals), refresh=True)
+
+    def show_jobs(self) -> None:
+        """What background jobs did since the last tick."""
+        for line in () if self.jobs is None else self.jobs.new():
+            self._write(type="job", text=line)
+            if self._live is None:
+                self._console.print(job_line(line), highlight=False, soft_wrap=True)
+            else:
+                self._live.console.print(job_line(line))
 
     def answer(self, session: Session) -> None:
         """A plain chat checkpoint has taken everything in; now it answers."""

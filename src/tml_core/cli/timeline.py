@@ -22,7 +22,7 @@ from tml_core.layout.events import Notice, Silence, TextToken, ToolCall
 from tml_core.media.audio_file import SAMPLE_RATE
 from tml_core.media.micro_turns import TICK_MS
 
-__all__ = ["TickView", "Totals", "footer", "header", "plain_line", "row"]
+__all__ = ["TickView", "Totals", "footer", "header", "job_line", "plain_line", "row"]
 
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _THUMB_WIDTH: Final = 8
@@ -31,6 +31,7 @@ _HOP: Final = SAMPLE_RATE // 20
 _QUIET_DB: Final = -60.0
 
 _SPOKEN, _CALLED, _QUIET, _WARNED = "bold spring_green3", "bold orchid1", "grey50", "gold3"
+_JOB: Final = "sky_blue2"
 _PREFILL, _DECODE, _FREE, _LATE = "dodger_blue1", "turquoise2", "grey23", "bold red1"
 
 
@@ -173,6 +174,11 @@ def plain_line(tick: TickView) -> str:
     return f"{_clock(tick.index)}  in: {', '.join(came) or 'nothing'}  out: {went}  " + (
         f"{tick.total_ms:.1f} of {TICK_MS} ms"
     )
+
+
+def job_line(line: str) -> Text:
+    """What a background job did, under the tick in which it was seen."""
+    return Text(f"         {_visible(line)}", style=_JOB)
 
 
 def _grid() -> Table:
