@@ -3,6 +3,7 @@
 Nothing here depends on how fast the machine is: where it matters the sampler is held.
 """
 
+import dataclasses
 import io
 import json
 import math
@@ -101,6 +102,26 @@ def test_a_slow_engine_gets_no_burst_and_hides_nothing() -> None:
     assert all(math.isinf(one.latency_ms) for one in report.outcomes if one is not first)
 
 
+def test_sessions_that_coalesce_take_in_what_came_meanwhile() -> None:
+    """Nothing is given up: the ticks that waited go in together, late and mostly unanswered."""
+    spec = dataclasses.replace(short(1, duration_s=1.0), degrade="coalesce_input")
+    with held_engine() as (engine, script):
+
+        def release(seen: Progress) -> None:
+            if seen.elapsed_s > 1.3:
+                for _ in range(99):
+                    script.step()
+
+        report = run_load(engine, spec, CHUNKS, watch=release)
+    assert report.kinds == {"served": 5}
+    assert report.num_missed == 5
+    assert report.num_degraded >= 3
+    assert report.work is not None
+    assert report.work.num_turns >= 5
+    assert report.work.host_us_per_turn > 0
+    assert 0 < report.work.kernel_share < 1
+
+
 def test_who_finds_no_room_is_in_the_denominator() -> None:
     with Engine(nano(), max_sessions=1) as engine:
         report = run_load(engine, short(3), CHUNKS)
@@ -193,6 +214,7 @@ def test_the_command_shows_and_writes(tmp_path: Path) -> None:
         "chunk in to last token out",
         "6 ticks of 2 sessions, ",
         "slack, ms: ticks",
+        "us a turn outside kernels",
     ):
         assert words in shown
     content = json.loads((tmp_path / "l.json").read_text())
@@ -221,6 +243,7 @@ def test_the_search_for_the_capacity(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["--phase", "late"], "phase: expected one of ['random', 'spread', 'aligned'], got 'late'"),
+        (["--degrade", "panic"], "degrade: expected one of ['none', 'emit_silence', "),
         (["--seconds", "0"], "duration_s: expected 0.2 to 86400, got 0.0"),
         (["--stalls", "-1"], "stalls: expected 0 to 300, got -1.0"),
         (["--json", "no/such/x.json"], "json: cannot write no/such/x.json: no such folder"),

@@ -19,7 +19,7 @@ def report_of(ticks: list[tuple[float, Kind, float]], spec: LoadSpec = SPEC) -> 
     outcomes = Outcomes(spec)
     for i, (at_s, kind, latency_ms) in enumerate(ticks):
         outcomes.add(TickOutcome(0, i, at_s, kind, latency_ms, late_ms=1.0, append_ms=0.5))
-    return outcomes.report([], num_opened=spec.num_sessions)
+    return outcomes.report([], None, spec.num_sessions)
 
 
 def test_percentiles_are_values_that_were_seen() -> None:
@@ -100,9 +100,9 @@ def test_a_late_generator_is_said() -> None:
     outcomes = Outcomes(SPEC)
     for late_ms, is_held in ((1.0, False), (90.0, True)):
         outcomes.add(TickOutcome(0, 0, 2.0, "served", 100.0, late_ms=late_ms, is_held=is_held))
-    assert not outcomes.report([], num_opened=1).is_generator_late
+    assert not outcomes.report([], None, 1).is_generator_late
     outcomes.add(TickOutcome(0, 0, 2.0, "served", 100.0, late_ms=21.0))
-    assert outcomes.report([], num_opened=1).is_generator_late
+    assert outcomes.report([], None, 1).is_generator_late
 
 
 def level(num_sessions: int, holds_to: int) -> LoadReport:
@@ -144,7 +144,7 @@ def test_pictures_are_written_or_refused(tmp_path: Path) -> None:
         plot_report(one, tmp_path / f"{name}.png", "run")
     for path in tmp_path.iterdir():
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(errors.InvalidArgument, match="plot: cannot write .*: No such file"):
+    with pytest.raises(errors.InvalidArgument, match=r"plot: cannot write .*: No such file"):
         plot_report(found.levels[0], tmp_path / "no" / "x.png", "run")
 
 

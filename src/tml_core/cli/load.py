@@ -163,6 +163,15 @@ def _report_view(report: LoadReport) -> RenderableType:
         if spread is not None:
             table.add_row(name, *_cells(spread))
     parts: list[RenderableType] = [table, _slack_view(report), _verdict(report)]
+    if report.work is not None:
+        work = report.work
+        parts.append(
+            Text(
+                f"engine thread: {work.host_us_per_turn:.0f} us a turn outside kernels, "
+                f"{100 * work.kernel_share:.1f} % of its work in them, "
+                f"{work.tokens_per_step:.1f} positions a step"
+            )
+        )
     if report.is_generator_late:
         parts.append(
             Text("The generator itself was late: part of this is not the engine's.", style=_WARNED)
@@ -197,6 +206,8 @@ def _verdict(report: LoadReport) -> Text:
     lost = ""
     if report.num_lost or report.num_away:
         lost = f"; {report.num_lost} chunks lost in stalls, {report.num_away} while away"
+    if report.num_degraded:
+        lost += f"; {report.num_degraded} degraded ({report.spec.degrade})"
     return Text(
         words + (f"; {ended}" if ended else "") + lost, style=_GOOD if not report.num_missed else ""
     )

@@ -3,7 +3,7 @@
 The time of a tick counts from when its chunk was to arrive, not from when the generator got round
 to it, to when the client's task has the end of the turn. A client whose turn is still open when the
 next chunk comes holds that chunk back and sends it when the turn ends; if yet another comes, the
-older one is given up and counts as missed.
+older one is given up and counts as missed. Where sessions coalesce their input it is sent at once.
 """
 
 import asyncio
@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tml_core.engine.turn import Turn
-from tml_core.errors import InvalidArgument, SessionClosed, TmlError
+from tml_core.errors import InvalidArgument, Overloaded, SessionClosed, TmlError
 from tml_core.layout.chunk import Chunk
 from tml_core.load.plan import Arrival, ClientPlan, LoadSpec, make_plan
-from tml_core.load.report import Kind, LoadReport, Outcomes, TickOutcome
+from tml_core.load.report import EngineWork, Kind, LoadReport, Outcomes, TickOutcome
 from tml_core.session import Engine, Session
 
 __all__ = ["Progress", "TickOutcome", "run_load"]
@@ -65,7 +65,7 @@ class _Client:
     plan: ClientPlan
     session: Session | None = None
     num_opened: int = 0
-    serving: Arrival | None = None
+    serving: list[Arrival] = field(default_factory=list)
     held: Arrival | None = None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -91,17 +91,20 @@ class _Run:
         try:
             for client in clients:
                 await self._open(client)
+            before = self._engine.stats()
             self._start_s = time.perf_counter()
             async with self._group as group:
                 watching = group.create_task(self._report_progress())
                 await asyncio.wait([group.create_task(self._feed(one)) for one in clients])
                 await self._settle(clients)
                 watching.cancel()
+            after = self._engine.stats()
         finally:
             for client in clients:
                 await self._close(client)
         plans = [client.plan for client in clients]
-        return self._outcomes.report(plans, num_opened=sum(one.num_opened for one in clients))
+        num_opened = sum(one.num_opened for one in clients)
+        return self._outcomes.report(plans, EngineWork.between(before, after), num_opened)
 
     async def _settle(self, clients: list[_Client]) -> None:
         """Wait for the last turns; one that does not end has failed."""
@@ -111,16 +114,16 @@ class _Run:
             for task in lost:
                 task.cancel()
         for client in clients:
-            for arrival in (client.serving, client.held):
-                if arrival is not None:
-                    self._note(client, arrival, "failed")
+            held = [] if client.held is None else [client.held]
+            for arrival in (*client.serving, *held):
+                self._note(client, arrival, "failed")
 
     async def _feed(self, client: _Client) -> None:
         for arrival in client.plan.arrivals:
             await asyncio.sleep(max(0.0, arrival.at_s - self._now()))
             if client.session is None:
                 self._note(client, arrival, "refused")
-            elif client.serving is None:
+            elif not client.serving or self._spec.degrade == "coalesce_input":
                 self._send(client, arrival)
             else:
                 if client.held is not None:
@@ -135,11 +138,14 @@ class _Run:
         chunk = self._chunks[(client.plan.offset + arrival.tick) % len(self._chunks)]
         begun_s = self._now()
         try:
-            turn = session.append(chunk)
+            turn = session.append(chunk, deadline_ms=self._spec.deadline_ms)
+        except Overloaded:
+            self._note(client, arrival, "dropped")
+            return
         except TmlError:
             self._note(client, arrival, "failed")
             return
-        client.serving = arrival
+        client.serving.append(arrival)
         sent = TickOutcome(
             client.plan.client,
             arrival.tick,
@@ -150,29 +156,35 @@ class _Run:
             append_ms=1000 * (self._now() - begun_s),
             is_held=is_held,
         )
-        self._spawn(client, self._serve(client, turn, sent))
+        self._spawn(client, self._serve(client, arrival, turn, sent))
         if arrival.barge_in_s is not None:
             self._spawn(client, self._barge_in(turn, arrival.barge_in_s))
         if arrival.leave_s is not None:
             self._spawn(client, self._leave(client, arrival))
 
-    async def _serve(self, client: _Client, turn: Turn, sent: TickOutcome) -> None:
-        kind, latency_ms = await self._outcome(turn, sent.at_s)
-        self._outcomes.add(sent._replace(kind=kind, latency_ms=latency_ms, stats=turn.stats))
-        client.serving = None
+    async def _serve(
+        self, client: _Client, arrival: Arrival, turn: Turn, sent: TickOutcome
+    ) -> None:
+        self._outcomes.add(await self._outcome(turn, sent))
+        client.serving.remove(arrival)
         held, client.held = client.held, None
         if held is not None:
             self._send(client, held, is_held=True)
 
-    async def _outcome(self, turn: Turn, at_s: float) -> tuple[Kind, float]:
+    async def _outcome(self, turn: Turn, sent: TickOutcome) -> TickOutcome:
         try:
             result = await turn
         except SessionClosed:
-            return "left", math.inf
+            return sent._replace(kind="left", stats=turn.stats)
         except TmlError:
-            return "failed", math.inf
-        kind: Kind = "barged" if result.done.reason == "cancelled" else "served"
-        return kind, 1000 * (self._now() - at_s)
+            return sent._replace(kind="failed", stats=turn.stats)
+        reason = result.done.reason
+        return sent._replace(
+            kind="barged" if reason == "cancelled" else "served",
+            latency_ms=1000 * (self._now() - sent.at_s),
+            is_degraded=reason == "degraded",
+            stats=result.stats,
+        )
 
     async def _barge_in(self, turn: Turn, after_s: float) -> None:
         await asyncio.sleep(after_s)
@@ -193,7 +205,9 @@ class _Run:
         # Nothing of a client's that opens twice may depend on how fast the first session ended.
         seed = client.plan.seed + 1_000_003 * client.num_opened
         with contextlib.suppress(MemoryError):  # PoolExhausted: its ticks count as missed
-            client.session = await asyncio.to_thread(self._engine.open, seed=seed)
+            client.session = await asyncio.to_thread(
+                self._engine.open, seed=seed, degrade=self._spec.degrade
+            )
             client.num_opened += 1
 
     async def _close(self, client: _Client) -> None:

@@ -7,16 +7,18 @@ for every tick whether they are switched on or not; switching one on leaves the 
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final, Literal, TypeVar, get_args
 
 import numpy as np
 
+from tml_core.engine.seat import Degrade
 from tml_core.errors import InvalidArgument, InvalidType
 from tml_core.media.micro_turns import TICK_MS
 
-__all__ = ["Arrival", "ClientPlan", "LoadSpec", "Phase", "as_phase", "make_plan"]
+__all__ = ["Arrival", "ClientPlan", "LoadSpec", "Phase", "as_degrade", "as_phase", "make_plan"]
 
 Phase = Literal["random", "spread", "aligned"]
+Word = TypeVar("Word", bound=str)
 
 _TICK_S: Final = TICK_MS / 1000
 _TICKS_PER_MINUTE: Final = 60_000 // TICK_MS
@@ -37,7 +39,8 @@ class LoadSpec:
     chunk comes up to that much late. ``stalls``, ``disconnects``, ``barge_ins``: how often per
     client and minute; a stalled client loses all but the newest chunk, one that disconnects closes
     its session in the middle of a turn and comes back with a new one, a barge-in cancels a turn.
-    ``deadline_ms``: from arrival; a later answer is a miss.
+    ``deadline_ms``: from arrival; a later answer is a miss. ``degrade``: what sessions do when they
+    cannot keep it (see `Session`).
 
     Raises InvalidArgument or InvalidType naming the field.
     """
@@ -51,6 +54,7 @@ class LoadSpec:
     disconnects: float = 0.0
     barge_ins: float = 0.0
     deadline_ms: float = float(TICK_MS)
+    degrade: Degrade = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,6 +65,7 @@ class LoadSpec:
             if value < low:
                 raise InvalidArgument(f"{name}: expected at least {low}, got {value}")
         as_phase(self.phase)
+        as_degrade(self.degrade)
         limits = {
             "duration_s": (_TICK_S, 86_400),
             "warmup_s": (0, 3600),
@@ -117,17 +122,25 @@ class ClientPlan:
 
 def as_phase(word: str) -> Phase:
     """``word`` as one of the known phases; raises InvalidArgument for another one."""
-    known: tuple[Phase, ...] = get_args(Phase)
-    for one in known:
-        if one == word:
-            return one
-    raise InvalidArgument(f"phase: expected one of {list(known)}, got {word!r}")
+    return _one_of("phase", word, get_args(Phase))
+
+
+def as_degrade(word: str) -> Degrade:
+    """``word`` as one of the known policies; raises InvalidArgument for another one."""
+    return _one_of("degrade", word, get_args(Degrade))
 
 
 def make_plan(spec: LoadSpec) -> tuple[ClientPlan, ...]:
     """The plan of every client; client i's is the same however many there are, but for the phase
     of a "spread" one."""
     return tuple(_client_plan(spec, client) for client in range(spec.num_sessions))
+
+
+def _one_of(name: str, word: str, known: tuple[Word, ...]) -> Word:
+    for one in known:
+        if one == word:
+            return one
+    raise InvalidArgument(f"{name}: expected one of {list(known)}, got {word!r}")
 
 
 def _client_plan(spec: LoadSpec, client: int) -> ClientPlan:

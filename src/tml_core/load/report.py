@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, NamedTuple, Self
 
 import numpy as np
 
+from tml_core.engine.stats import EngineStats
 from tml_core.engine.turn import TurnStats
 from tml_core.errors import InvalidArgument
 from tml_core.load.plan import ClientPlan, LoadSpec
@@ -20,6 +21,7 @@ from tml_core.load.plan import ClientPlan, LoadSpec
 __all__ = [
     "MISS_LIMIT",
     "Capacity",
+    "EngineWork",
     "Histogram",
     "Kind",
     "LoadReport",
@@ -43,8 +45,8 @@ _BY_CLIENT: Final = ("barged", "left")
 class TickOutcome(NamedTuple):
     """One tick of one client. ``latency_ms``: arrival to end, infinite without an answer.
     ``late_ms``: how long after the arrival the chunk was sent, ``is_held`` because the turn before
-    was still open. ``append_ms``: the client's time in `Session.append`. ``stats``: of the turn, if
-    there was one."""
+    was still open. ``append_ms``: the client's time in `Session.append`. ``is_degraded``: a policy
+    answered, in part or not at all. ``stats``: of the turn, if there was one."""
 
     client: int
     tick: int
@@ -54,6 +56,7 @@ class TickOutcome(NamedTuple):
     late_ms: float = 0.0
     append_ms: float = 0.0
     is_held: bool = False
+    is_degraded: bool = False
     stats: TurnStats | None = None
 
 
@@ -104,18 +107,44 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class EngineWork:
+    """What the engine thread did over a whole run. ``host_us_per_turn``: its work outside kernels,
+    encoders and sampler. ``kernel_share``: of its working time. ``tokens_per_step``: positions."""
+
+    num_turns: int
+    host_us_per_turn: float
+    kernel_share: float
+    tokens_per_step: float
+
+    @classmethod
+    def between(cls, before: EngineStats, after: EngineStats) -> Self:
+        """From two readings of the engine's counters."""
+        num_turns = sum(after.turns.values()) - sum(before.turns.values())
+        host_s, kernel_s = after.host_s - before.host_s, after.kernel_s - before.kernel_s
+        num_steps = after.steps - before.steps
+        return cls(
+            num_turns=num_turns,
+            host_us_per_turn=1e6 * host_s / max(1, num_turns),
+            kernel_share=kernel_s / max(1e-9, kernel_s + host_s),
+            tokens_per_step=(after.step_tokens - before.step_tokens) / max(1, num_steps),
+        )
+
+
+@dataclass(frozen=True)
 class LoadReport:
     """A run in numbers. ``num_ticks``: those that were to be answered, ``num_missed`` of them late
-    or never; ``kinds``: all ticks of the window by how they ended. ``num_lost``, ``num_away``:
-    chunks that never left a stalled or absent client. ``latency``: arrival to the client having the
-    end; ``phases``: where the engine's part of it went. ``generator``: how late chunks were sent
-    through the generator's own fault. ``cancel``: from a barge-in to the end of the turn."""
+    or never; ``kinds``: all ticks of the window by how they ended; ``num_degraded``: of those, the
+    ones a policy answered. ``num_lost``, ``num_away``: chunks that never left a stalled or absent
+    client. ``latency``: arrival to the client having the end; ``phases``: where the engine's part
+    of it went. ``generator``: how late chunks were sent through the generator's own fault.
+    ``cancel``: from a barge-in to the end of the turn. ``work``: the engine thread's."""
 
     spec: LoadSpec
     num_sessions_opened: int
     num_ticks: int
     num_missed: int
     kinds: dict[str, int]
+    num_degraded: int
     num_lost: int
     num_away: int
     num_output_tokens: int
@@ -125,6 +154,7 @@ class LoadReport:
     append: Spread | None
     generator: Spread | None
     cancel: Spread | None
+    work: EngineWork | None
     outcomes: tuple[TickOutcome, ...] = field(repr=False)
 
     @property
@@ -158,12 +188,14 @@ class LoadReport:
             "miss_rate": self.miss_rate,
             "miss_rate_bound": self.miss_rate_bound,
             "kinds": self.kinds,
+            "num_degraded": self.num_degraded,
             "num_lost": self.num_lost,
             "num_away": self.num_away,
             "num_output_tokens": self.num_output_tokens,
             **{name: one and one.to_dict() for name, one in spreads.items()},
             "phases_ms": {name: one.to_dict() for name, one in self.phases.items()},
             "slack": self.slack.to_dict(),
+            "engine": self.work and asdict(self.work),
             "is_generator_late": self.is_generator_late,
         }
 
@@ -191,7 +223,9 @@ class Outcomes:
         if outcome.kind == "served":
             self.served_ms.append(outcome.latency_ms)
 
-    def report(self, plans: SequenceOf[ClientPlan], *, num_opened: int) -> LoadReport:
+    def report(
+        self, plans: SequenceOf[ClientPlan], work: EngineWork | None, num_opened: int
+    ) -> LoadReport:
         """What was collected, in numbers."""
         wanted = [one for one in self._all if one.kind not in _BY_CLIENT]
         served = [one for one in wanted if one.kind == "served"]
@@ -216,6 +250,7 @@ class Outcomes:
             num_ticks=self.num_ticks,
             num_missed=self.num_missed,
             kinds={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+            num_degraded=sum(one.is_degraded for one in self._all),
             num_lost=sum(plan.num_lost for plan in plans),
             num_away=sum(plan.num_away for plan in plans),
             num_output_tokens=sum(one.num_output_tokens for one in stats),
@@ -226,6 +261,7 @@ class Outcomes:
             # A chunk held back behind a slow turn is the engine's doing.
             generator=Spread.of([one.late_ms for one in served if not one.is_held]),
             cancel=Spread.of(self.cancel_ms),
+            work=work,
             outcomes=tuple(self._all),
         )
 
