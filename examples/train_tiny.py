@@ -46,7 +46,7 @@ CALL = {"name": "light", "args": {"on": True}}
 def prepare(folder: Path) -> None:
     """A model to begin with, recordings, the sessions, and the run."""
     start = folder / "start"
-    start.mkdir(parents=True)
+    start.mkdir(parents=True, exist_ok=True)
     nano = bundled_path("nano")
     shutil.copy(nano / "tokenizer.json", start)
     config = json.loads((nano / "config.json").read_text())
