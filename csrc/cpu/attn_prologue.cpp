@@ -30,8 +30,8 @@ void write_k(const T* keys, std::int64_t count, std::int64_t head_dim, KStep* bl
 }
 
 // values [count, head_dim] -> keys [first, first + count) of a V block.
-void write_v(const float* values, std::int64_t first, std::int64_t count, std::int64_t head_dim,
-             KStep* block) {
+[[maybe_unused]] void write_v(const float* values, std::int64_t first, std::int64_t count,
+                              std::int64_t head_dim, KStep* block) {
   std::memcpy(block + first * head_dim, values,
               static_cast<std::size_t>(count * head_dim) * sizeof(float));
 }
@@ -158,7 +158,7 @@ void attn_prologue_typed(const AttnPrologueParams& p) {
 
 void attn_prologue(const AttnPrologueParams& p) {
   if (p.batch.num_tokens == 0) return;
-  if (p.dtype == DType::kF32) return attn_prologue_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(attn_prologue, attn_prologue_typed<float>)(p);
   attn_prologue_typed<std::uint16_t>(p);
 }
 

@@ -61,7 +61,8 @@ void attn_prologue_packed_typed(const AttnProloguePackedParams& p) {
 
 void attn_prologue_packed(const AttnProloguePackedParams& p) {
   if (p.in.num_tokens == 0) return;
-  if (p.in.dtype == DType::kF32) return attn_prologue_packed_typed<float>(p);
+  if (p.in.dtype == DType::kF32)
+    return TML_F32(attn_prologue_packed, attn_prologue_packed_typed<float>)(p);
   attn_prologue_packed_typed<std::uint16_t>(p);
 }
 

@@ -156,7 +156,8 @@ void attn_prologue_packed_bwd_typed(const AttnProloguePackedBwdParams& p) {
 }  // namespace
 
 void attn_prologue_packed_bwd(const AttnProloguePackedBwdParams& p) {
-  if (p.in.dtype == DType::kF32) return attn_prologue_packed_bwd_typed<float>(p);
+  if (p.in.dtype == DType::kF32)
+    return TML_F32(attn_prologue_packed_bwd, attn_prologue_packed_bwd_typed<float>)(p);
   attn_prologue_packed_bwd_typed<std::uint16_t>(p);
 }
 

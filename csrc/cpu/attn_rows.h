@@ -5,9 +5,6 @@
 
 #include "cpu/panel_rows.h"
 
-// A lambda that is called from every element of an unrolled tile and must not become a call.
-#define TML_LAMBDA __attribute__((always_inline))
-
 namespace tml::cpu::TML_ISA_NS {
 
 // 128 k-steps (head_dim of fp32, keys of a unit) and one cache line more: neighbouring rows start
@@ -20,7 +17,7 @@ inline constexpr int kMaxVecs = TML_ISA_LEVEL >= 2 ? 8 : TML_ISA_LEVEL + 1;
 inline constexpr int kWeightRegisters = TML_ISA_LEVEL == 2 ? 2 : 1;
 template <int kVecs>
 inline constexpr int kRowsBeside =
-    kVecs > kMaxVecs ? 0 : std::min(kTileRows, (32 - kWeightRegisters) / kVecs - kWeightRegisters);
+    kVecs > kMaxVecs ? 0 : tile_size((32 - kWeightRegisters) / kVecs - kWeightRegisters);
 
 template <int kVecs>
 struct Width {
@@ -96,17 +93,6 @@ TML_INLINE void multiply_fixed(const KStep* w, std::ptrdiff_t w_stride, const KS
     for (int v = 0; v < kVecs; ++v) emit(m, v, acc[m][v]);
 }
 
-// multiply_fixed of num_rows, which is 1 to kRows.
-template <bool kBf16, int kRows, int kVecs, bool kRequest, class Emit>
-TML_INLINE void multiply_tile(int num_rows, const KStep* w, std::ptrdiff_t w_stride, const KStep* x,
-                              std::int64_t num_steps, Requests& requests, const Emit& emit) {
-  if (num_rows == kRows)
-    multiply_fixed<kBf16, kRows, kVecs, kRequest>(w, w_stride, x, num_steps, requests, emit);
-  else if constexpr (kRows > 1)
-    multiply_tile<kBf16, kRows - 1, kVecs, kRequest>(num_rows, w, w_stride, x, num_steps, requests,
-                                                     emit);
-}
-
 // One run of kVecs columns for all rows, tile by tile: the run stays in the L1 cache.
 template <bool kBf16, int kVecs, bool kRequest, class Emit>
 TML_INLINE void multiply_run(const KStep* w, std::ptrdiff_t w_stride, const KStep* x,
@@ -114,9 +100,11 @@ TML_INLINE void multiply_run(const KStep* w, std::ptrdiff_t w_stride, const KSte
                              const Emit& emit) {
   for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
     const int first = static_cast<int>(tiles.begin(tile));
-    multiply_tile<kBf16, kRowsBeside<kVecs>, kVecs, kRequest>(
-        tiles.rows(tile), w, w_stride, x + first * kRowSteps, num_steps, requests,
-        [&](int m, int v, Vec acc) TML_LAMBDA { emit(first + m, v, acc); });
+    with_rows<kRowsBeside<kVecs>>(tiles.rows(tile), [&](auto rows) TML_LAMBDA {
+      multiply_fixed<kBf16, decltype(rows)::value, kVecs, kRequest>(
+          w, w_stride, x + first * kRowSteps, num_steps, requests,
+          [&](int m, int v, Vec acc) TML_LAMBDA { emit(first + m, v, acc); });
+    });
   }
 }
 
@@ -140,7 +128,6 @@ TML_INLINE void multiply_rows(const KStep* w, std::ptrdiff_t w_stride, int num_v
     }
   };
   take(Width<8>{});
-  take(Width<6>{});
   take(Width<4>{});
   take(Width<2>{});
   take(Width<1>{});

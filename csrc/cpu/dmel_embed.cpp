@@ -63,7 +63,7 @@ void dmel_embed_typed(const DmelEmbedParams& p) {
 
 void dmel_embed(const DmelEmbedParams& p) {
   if (p.num_frames == 0 || p.dim == 0) return;
-  if (p.dtype == DType::kF32) return dmel_embed_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(dmel_embed, dmel_embed_typed<float>)(p);
   dmel_embed_typed<std::uint16_t>(p);
 }
 

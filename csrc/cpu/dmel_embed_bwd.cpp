@@ -125,7 +125,7 @@ void dmel_embed_bwd_typed(const DmelEmbedBwdParams& p) {
 
 void dmel_embed_bwd(const DmelEmbedBwdParams& p) {
   if (p.dim == 0) return;
-  if (p.dtype == DType::kF32) return dmel_embed_bwd_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(dmel_embed_bwd, dmel_embed_bwd_typed<float>)(p);
   dmel_embed_bwd_typed<std::uint16_t>(p);
 }
 

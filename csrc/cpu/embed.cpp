@@ -29,7 +29,7 @@ void embed_typed(const EmbedParams& p) {
 
 void embed(const EmbedParams& p) {
   if (p.num_tokens == 0 || p.dim == 0) return;
-  if (p.dtype == DType::kF32) return embed_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(embed, embed_typed<float>)(p);
   embed_typed<std::uint16_t>(p);
 }
 

@@ -94,7 +94,7 @@ void embed_bwd_typed(const EmbedBwdParams& p) {
 
 void embed_bwd(const EmbedBwdParams& p) {
   if (p.dim == 0) return;
-  if (p.dtype == DType::kF32) return embed_bwd_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(embed_bwd, embed_bwd_typed<float>)(p);
   embed_bwd_typed<std::uint16_t>(p);
 }
 

@@ -65,13 +65,13 @@ void pack_weight_typed(const PackWeightParams& p) {
 
 void linear(const LinearParams& p) {
   if (p.num_tokens == 0 || p.out_dim == 0) return;
-  if (p.dtype == DType::kF32) return linear_typed<float, float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(linear, linear_typed<float, float>)(p);
   if (p.y_dtype == DType::kF32) return linear_typed<std::uint16_t, float>(p);
   linear_typed<std::uint16_t, std::uint16_t>(p);
 }
 
 void pack_weight(const PackWeightParams& p) {
-  if (p.dtype == DType::kF32) return pack_weight_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(pack_weight, pack_weight_typed<float>)(p);
   pack_weight_typed<std::uint16_t>(p);
 }
 

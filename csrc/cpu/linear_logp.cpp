@@ -80,7 +80,7 @@ void linear_logp_typed(const LinearLogpParams& p) {
 
 void linear_logp(const LinearLogpParams& p) {
   if (p.input.num_tokens == 0) return;
-  if (p.input.dtype == DType::kF32) return linear_logp_typed<float>(p);
+  if (p.input.dtype == DType::kF32) return TML_F32(linear_logp, linear_logp_typed<float>)(p);
   linear_logp_typed<std::uint16_t>(p);
 }
 

@@ -262,7 +262,7 @@ void linear_logp_bwd_typed(const LinearLogpBwdParams& p) {
 }  // namespace
 
 void linear_logp_bwd(const LinearLogpBwdParams& p) {
-  if (p.dtype == DType::kF32) return linear_logp_bwd_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(linear_logp_bwd, linear_logp_bwd_typed<float>)(p);
   linear_logp_bwd_typed<std::uint16_t>(p);
 }
 

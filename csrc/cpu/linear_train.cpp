@@ -26,19 +26,51 @@ KStep* panel_scratch(std::int64_t num_panels, std::int64_t num_steps) {
       Scratch::kThread, static_cast<std::size_t>(num_panels * num_steps * kPanel) * sizeof(KStep)));
 }
 
-template <class Y>
-TML_INLINE void store_vector(Y* row, std::int64_t n, std::int64_t end, Vec acc) {
-  if (n + 16 <= end)
-    store_rounded(row + n, acc);
-  else if (n < end)
-    store_first_rounded(row + n, acc, static_cast<int>(end - n));
+// Rows of fp32 or of bf16: which of them is a matter of the run, not of one more build of the
+// tiles.
+struct OutRows {
+  void* data;
+  std::int64_t row_stride;
+  DType dtype;
+
+  OutRows from(std::int64_t row) const {
+    const std::int64_t offset = row * row_stride * static_cast<std::int64_t>(size_of(dtype));
+    return {static_cast<char*>(data) + offset, row_stride, dtype};
+  }
+  TML_INLINE void store(std::int64_t row, std::int64_t n, std::int64_t end, Vec acc) const {
+    if (dtype == DType::kF32)
+      store_to(static_cast<float*>(data) + row * row_stride, n, end, acc);
+    else
+      store_to(static_cast<std::uint16_t*>(data) + row * row_stride, n, end, acc);
+  }
+
+ private:
+  template <class Y>
+  static TML_INLINE void store_to(Y* row, std::int64_t n, std::int64_t end, Vec acc) {
+    if (n + 16 <= end)
+      store_rounded(row + n, acc);
+    else if (n < end)
+      store_first_rounded(row + n, acc, static_cast<int>(end - n));
+  }
+};
+
+// What makes panels: make(context, first panel, count, out).
+struct Packer {
+  const void* context;
+  void (*make)(const void* context, std::int64_t first, std::int64_t count, KStep* out);
+};
+template <class Make>
+Packer packer(const Make& make) {
+  return {&make, [](const void* context, std::int64_t first, std::int64_t count, KStep* out) {
+            (*static_cast<const Make*>(context))(first, count, out);
+          }};
 }
 
-// y[t, n] over rows of x and `num_outputs` outputs; pack(first panel, count, out) makes panels.
-template <class T, class Y, class Pack>
+// y[t, n] over rows of x and `num_outputs` outputs, times the panels that `pack` makes.
+template <class T>
 void multiply_rows(const T* x, std::int64_t x_row_stride, std::int64_t num_rows, std::int64_t depth,
-                   Y* y, std::int64_t y_row_stride, std::int64_t num_outputs, int num_threads,
-                   const Pack& pack) {
+                   const OutRows& y, std::int64_t num_outputs, int num_threads,
+                   const Packer& pack) {
   const std::int64_t num_steps = ceil_div(depth, 4 / static_cast<std::int64_t>(sizeof(T)));
   const std::int64_t num_panels = ceil_div(num_outputs, kPanel);
   const TileSplit tiles(num_rows);
@@ -56,48 +88,47 @@ void multiply_rows(const T* x, std::int64_t x_row_stride, std::int64_t num_rows,
     KStep* fresh = panel_scratch(run, num_steps);
     for (std::int64_t first = panels.begin; first < panels.end; first += run) {
       const std::int64_t count = std::min(run, panels.end - first);
-      pack(first, count, fresh);
+      pack.make(pack.context, first, count, fresh);
       multiply_tiles<sizeof(T) == 2>(fresh, num_steps, 0, count, packed, num_rows,
                                      [&](std::int64_t t, std::int64_t panel, int vec, Vec acc) {
-                                       store_vector(y + t * y_row_stride,
-                                                    (first + panel) * kPanel + vec * 16,
-                                                    num_outputs, acc);
+                                       y.store(t, (first + panel) * kPanel + vec * 16, num_outputs,
+                                               acc);
                                      });
     }
   });
 }
 
-template <class T, class Y>
+template <class T>
 void plain_typed(const LinearPlainParams& p) {
   const auto* w = static_cast<const T*>(p.w);
   const std::int64_t panel_steps = num_k_steps(p.dtype, p.in_dim) * kPanel;
+  const auto pack = [&](std::int64_t first, std::int64_t count, KStep* out) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t n = (first + i) * kPanel;
+      pack_panel_of_rows(w + n * p.w_row_stride, p.w_row_stride,
+                         static_cast<int>(std::min(kPanel, p.out_dim - n)), p.in_dim,
+                         out + i * panel_steps);
+    }
+  };
   multiply_rows(static_cast<const T*>(p.x), p.x_row_stride, p.num_tokens, p.in_dim,
-                static_cast<Y*>(p.y), p.y_row_stride, p.out_dim, p.num_threads,
-                [&](std::int64_t first, std::int64_t count, KStep* out) {
-                  for (std::int64_t i = 0; i < count; ++i) {
-                    const std::int64_t n = (first + i) * kPanel;
-                    pack_panel_of_rows(w + n * p.w_row_stride, p.w_row_stride,
-                                       static_cast<int>(std::min(kPanel, p.out_dim - n)), p.in_dim,
-                                       out + i * panel_steps);
-                  }
-                });
+                {p.y, p.y_row_stride, p.y_dtype}, p.out_dim, p.num_threads, packer(pack));
 }
 
-template <class T, class Y>
+template <class T>
 void dgrad_typed(const LinearDgradParams& p) {
   const auto* w = static_cast<const T*>(p.w);
+  const auto pack = [&](std::int64_t first, std::int64_t count, KStep* out) {
+    pack_panels_of_columns(w + first * kPanel, p.w_row_stride, p.out_dim, p.in_dim - first * kPanel,
+                           count, out);
+  };
   multiply_rows(static_cast<const T*>(p.dy), p.dy_row_stride, p.num_tokens, p.out_dim,
-                static_cast<Y*>(p.dx), p.dx_row_stride, p.in_dim, p.num_threads,
-                [&](std::int64_t first, std::int64_t count, KStep* out) {
-                  pack_panels_of_columns(w + first * kPanel, p.w_row_stride, p.out_dim,
-                                         p.in_dim - first * kPanel, count, out);
-                });
+                {p.dx, p.dx_row_stride, p.dx_dtype}, p.in_dim, p.num_threads, packer(pack));
 }
 
 // kRows outputs n of one tile times one panel of k, block of tokens by block.
-template <bool kBf16, int kRows, class Y>
-void wgrad_tile(const KStep* panel, const KStep* tile, std::int64_t num_steps, Y* dw,
-                std::int64_t dw_row_stride, std::int64_t k, std::int64_t in_dim) {
+template <bool kBf16, int kRows>
+void wgrad_tile(const KStep* panel, const KStep* tile, std::int64_t num_steps, const OutRows& dw,
+                std::int64_t k, std::int64_t in_dim) {
   constexpr std::int64_t kBlockSteps = contract::kGradBlock / (kBf16 ? 2 : 1);
   Vec total[kRows][2];
   for (auto& row : total) row[0] = row[1] = zero();
@@ -111,11 +142,10 @@ void wgrad_tile(const KStep* panel, const KStep* tile, std::int64_t num_steps, Y
       for (int v = 0; v < 2; ++v) total[m][v] = add(total[m][v], acc[m][v]);
   }
   for (int m = 0; m < kRows; ++m)
-    for (int v = 0; v < 2; ++v)
-      store_vector(dw + m * dw_row_stride, k + v * 16, in_dim, total[m][v]);
+    for (int v = 0; v < 2; ++v) dw.store(m, k + v * 16, in_dim, total[m][v]);
 }
 
-template <class T, class Y>
+template <class T>
 void wgrad_typed(const LinearWgradParams& p) {
   constexpr bool kBf16 = sizeof(T) == 2;
   const std::int64_t num_steps = num_k_steps(p.dtype, p.num_tokens);
@@ -153,30 +183,12 @@ void wgrad_typed(const LinearWgradParams& p) {
       for (std::int64_t tile = own_tiles.begin; tile < own_tiles.end; ++tile)
         for (std::int64_t i = 0; i < count; ++i) {
           const std::int64_t first = tiles.begin(tile);
-          Y* dw = static_cast<Y*>(p.dw) + first * p.dw_row_stride;
-          switch (tiles.rows(tile)) {
-#define TML_ROWS(rows)                                                                            \
-  case rows:                                                                                      \
-    if constexpr (rows <= kTileRows)                                                              \
-      wgrad_tile<kBf16, rows>(fresh + i * panel_steps, packed + first * num_steps, num_steps, dw, \
-                              p.dw_row_stride, (chunk + i) * kPanel, p.in_dim);                   \
-    break;
-            TML_ROWS(1)
-            TML_ROWS(2)
-            TML_ROWS(3)
-            TML_ROWS(4)
-            TML_ROWS(5)
-            TML_ROWS(6)
-            TML_ROWS(7)
-            TML_ROWS(8)
-            TML_ROWS(9)
-            TML_ROWS(10)
-            TML_ROWS(11)
-            TML_ROWS(12)
-#undef TML_ROWS
-            default:
-              break;
-          }
+          const OutRows dw = OutRows{p.dw, p.dw_row_stride, p.dw_dtype}.from(first);
+          with_rows(tiles.rows(tile), [&](auto rows) TML_LAMBDA {
+            wgrad_tile<kBf16, decltype(rows)::value>(fresh + i * panel_steps,
+                                                     packed + first * num_steps, num_steps, dw,
+                                                     (chunk + i) * kPanel, p.in_dim);
+          });
         }
     }
   });
@@ -186,23 +198,20 @@ void wgrad_typed(const LinearWgradParams& p) {
 
 void linear_plain(const LinearPlainParams& p) {
   if (p.num_tokens == 0 || p.out_dim == 0) return;
-  if (p.dtype == DType::kF32) return plain_typed<float, float>(p);
-  if (p.y_dtype == DType::kF32) return plain_typed<std::uint16_t, float>(p);
-  plain_typed<std::uint16_t, std::uint16_t>(p);
+  if (p.dtype == DType::kF32) return TML_F32(linear_plain, plain_typed<float>)(p);
+  plain_typed<std::uint16_t>(p);
 }
 
 void linear_dgrad(const LinearDgradParams& p) {
   if (p.num_tokens == 0 || p.in_dim == 0) return;
-  if (p.dtype == DType::kF32) return dgrad_typed<float, float>(p);
-  if (p.dx_dtype == DType::kF32) return dgrad_typed<std::uint16_t, float>(p);
-  dgrad_typed<std::uint16_t, std::uint16_t>(p);
+  if (p.dtype == DType::kF32) return TML_F32(linear_dgrad, dgrad_typed<float>)(p);
+  dgrad_typed<std::uint16_t>(p);
 }
 
 void linear_wgrad(const LinearWgradParams& p) {
   if (p.in_dim == 0 || p.out_dim == 0) return;
-  if (p.dtype == DType::kF32) return wgrad_typed<float, float>(p);
-  if (p.dw_dtype == DType::kF32) return wgrad_typed<std::uint16_t, float>(p);
-  wgrad_typed<std::uint16_t, std::uint16_t>(p);
+  if (p.dtype == DType::kF32) return TML_F32(linear_wgrad, wgrad_typed<float>)(p);
+  wgrad_typed<std::uint16_t>(p);
 }
 
 }  // namespace tml::cpu::TML_ISA_NS

@@ -35,7 +35,8 @@ void lm_head_logprobs_typed(const LmHeadLogprobsParams& p) {
 
 void lm_head_logprobs(const LmHeadLogprobsParams& p) {
   if (p.input.num_tokens == 0) return;
-  if (p.input.dtype == DType::kF32) return lm_head_logprobs_typed<float>(p);
+  if (p.input.dtype == DType::kF32)
+    return TML_F32(lm_head_logprobs, lm_head_logprobs_typed<float>)(p);
   lm_head_logprobs_typed<std::uint16_t>(p);
 }
 

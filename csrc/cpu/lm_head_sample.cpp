@@ -67,7 +67,7 @@ void lm_head_sample_typed(const LmHeadSampleParams& p) {
 
 void lm_head_sample(const LmHeadSampleParams& p) {
   if (p.input.num_tokens == 0) return;
-  if (p.input.dtype == DType::kF32) return lm_head_sample_typed<float>(p);
+  if (p.input.dtype == DType::kF32) return TML_F32(lm_head_sample, lm_head_sample_typed<float>)(p);
   lm_head_sample_typed<std::uint16_t>(p);
 }
 

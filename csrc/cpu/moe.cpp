@@ -191,16 +191,19 @@ void moe_chunk(const MoeParams& p, std::int64_t first, std::int64_t count) {
   });
 }
 
+template <class T>
+void moe_typed(const MoeParams& p) {
+  for (std::int64_t first = 0; first < p.num_tokens; first += kMaxTokens) {
+    const std::int64_t count = std::min(kMaxTokens, p.num_tokens - first);
+    moe_chunk<T>(p, first, count);
+  }
+}
+
 }  // namespace
 
 void moe(const MoeParams& p) {
-  for (std::int64_t first = 0; first < p.num_tokens; first += kMaxTokens) {
-    const std::int64_t count = std::min(kMaxTokens, p.num_tokens - first);
-    if (p.dtype == DType::kF32)
-      moe_chunk<float>(p, first, count);
-    else
-      moe_chunk<std::uint16_t>(p, first, count);
-  }
+  if (p.dtype == DType::kF32) return TML_F32(moe, moe_typed<float>)(p);
+  moe_typed<std::uint16_t>(p);
 }
 
 }  // namespace tml::cpu::TML_ISA_NS

@@ -317,13 +317,16 @@ struct Backward {
   }
 };
 
+template <class T>
+void moe_bwd_typed(const MoeBwdParams& p) {
+  Backward<T>(p).run();
+}
+
 }  // namespace
 
 void moe_bwd(const MoeBwdParams& p) {
-  if (p.dtype == DType::kF32)
-    Backward<float>(p).run();
-  else
-    Backward<std::uint16_t>(p).run();
+  if (p.dtype == DType::kF32) return TML_F32(moe_bwd, moe_bwd_typed<float>)(p);
+  moe_bwd_typed<std::uint16_t>(p);
 }
 
 }  // namespace tml::cpu::TML_ISA_NS

@@ -55,7 +55,7 @@ void pack_experts_typed(const PackExpertsParams& p) {
 }  // namespace
 
 void pack_experts(const PackExpertsParams& p) {
-  if (p.dtype == DType::kF32) return pack_experts_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(pack_experts, pack_experts_typed<float>)(p);
   pack_experts_typed<std::uint16_t>(p);
 }
 

@@ -67,20 +67,15 @@ void pack_column_tiles(KStep* out, std::int64_t num_steps, Range steps, std::int
                        std::int64_t num_cols, const RowOf& row_of) {
   if (num_cols == 0) return;
   const TileSplit tiles(num_cols);
-  const std::int64_t least = num_cols / tiles.count, extra = num_cols % tiles.count;
   for (std::int64_t k = steps.begin; k < steps.end; ++k) {
     const std::int64_t row = k * kStepRows<T>;
     const T* even = row_of(row);
     const T* odd = row + 1 < num_rows && kStepRows<T> == 2 ? row_of(row + 1) : nullptr;
-    std::int64_t carry = 0;  // tiles.begin() without a division
-    for (std::int64_t col = 0; col < num_cols;) {
-      carry += extra;
-      const bool more = carry >= tiles.count;
-      if (more) carry -= tiles.count;
-      const int count = static_cast<int>(least + (more ? 1 : 0));
+    for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
+      const std::int64_t col = tiles.begin(tile);
+      const int count = tiles.rows(tile);
       pack_column_step(out + col * num_steps + k * count, even + col,
                        odd == nullptr ? odd : odd + col, num_cols - col, count);
-      col += count;
     }
   }
 }

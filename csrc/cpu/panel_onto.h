@@ -54,29 +54,10 @@ template <bool kBf16, int kRowStride, int kVecs>
 TML_INLINE void onto_rows(int num_rows, float* y, std::ptrdiff_t y_stride, const KStep* w,
                           std::ptrdiff_t w_stride, const KStep* x, std::ptrdiff_t x_stride,
                           std::int64_t num_steps, Onto onto) {
-  switch (num_rows) {
-#define TML_ROWS(rows)                                                                            \
-  case rows:                                                                                      \
-    if constexpr (rows <= kTileRows)                                                              \
-      onto_tile<kBf16, kRowStride, rows, kVecs>(y, y_stride, w, w_stride, x, x_stride, num_steps, \
-                                                onto);                                            \
-    break;
-    TML_ROWS(1)
-    TML_ROWS(2)
-    TML_ROWS(3)
-    TML_ROWS(4)
-    TML_ROWS(5)
-    TML_ROWS(6)
-    TML_ROWS(7)
-    TML_ROWS(8)
-    TML_ROWS(9)
-    TML_ROWS(10)
-    TML_ROWS(11)
-    TML_ROWS(12)
-#undef TML_ROWS
-    default:
-      break;
-  }
+  with_rows(num_rows, [&](auto rows) TML_LAMBDA {
+    onto_tile<kBf16, kRowStride, decltype(rows)::value, kVecs>(y, y_stride, w, w_stride, x,
+                                                               x_stride, num_steps, onto);
+  });
 }
 
 // num_rows rows by num_vecs vectors of outputs. A run of columns stays in the L1 cache for all

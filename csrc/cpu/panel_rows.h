@@ -6,16 +6,52 @@
 #include "core/memory.h"
 #include "cpu/panel.h"
 
+// A lambda inside of a tile's loops, which must not become a call.
+#define TML_LAMBDA __attribute__((always_inline))
+
 namespace tml::cpu::TML_ISA_NS {
 
-// num_rows cut into the fewest tiles of at most kTileRows, as even as possible.
+// A tile has 1, 2, 3, 4, 6, 8 or 12 rows, up to kTileRows: each size is code of its own in every
+// kernel. The largest that num_rows, at least 1, can fill.
+constexpr int tile_size(std::int64_t num_rows) {
+  int size = 1;
+  for (int one : {2, 3, 4, 6, 8, 12})
+    if (one <= num_rows && one <= kTileRows) size = one;
+  return size;
+}
+
+// num_rows cut into tiles: full ones, then what is left in at most two.
 struct TileSplit {
   explicit TileSplit(std::int64_t num_rows)
-      : num_rows(num_rows), count((num_rows + kTileRows - 1) / kTileRows) {}
-  std::int64_t begin(std::int64_t tile) const { return num_rows * tile / count; }
-  int rows(std::int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
-  std::int64_t num_rows, count;
+      : num_full(num_rows / kTileRows),
+        rest(static_cast<int>(num_rows % kTileRows)),
+        first_of_rest(rest > 0 ? tile_size(rest) : 0),
+        count(num_full + (rest > 0) + (rest > first_of_rest)) {}
+  std::int64_t begin(std::int64_t tile) const {
+    if (tile <= num_full) return tile * kTileRows;
+    return num_full * kTileRows + (tile == num_full + 1 ? first_of_rest : rest);
+  }
+  int rows(std::int64_t tile) const {
+    return tile < num_full ? kTileRows : tile == num_full ? first_of_rest : rest - first_of_rest;
+  }
+  std::int64_t num_full;
+  int rest, first_of_rest;
+  std::int64_t count;
 };
+
+template <int kRows>
+struct Rows {
+  static constexpr int value = kRows;
+};
+
+// body(Rows<num_rows>{}) for the size of a tile.
+template <int kLargest = kTileRows, class Body>
+TML_INLINE void with_rows(int num_rows, const Body& body) {
+  if (num_rows == kLargest)
+    body(Rows<kLargest>{});
+  else if constexpr (kLargest > 1)
+    with_rows<tile_size(kLargest - 1)>(num_rows, body);
+}
 
 // The k-step of one row: an fp32, or a pair of bf16 (zero past an odd end).
 TML_INLINE KStep k_step(const float* row, std::int64_t k, std::int64_t) { return bits_of(row[k]); }
@@ -84,29 +120,10 @@ template <bool kBf16, class Emit>
 void multiply_panels(const KStep* weight, std::int64_t panel_steps, std::int64_t begin,
                      std::int64_t end, const KStep* x, int num_rows, std::int64_t num_steps,
                      const KStep* ahead, const Emit& emit) {
-  switch (num_rows) {
-#define TML_ROWS(rows)                                                                         \
-  case rows:                                                                                   \
-    if constexpr (rows <= kTileRows)                                                           \
-      multiply_panels_fixed<kBf16, rows>(weight, panel_steps, begin, end, x, num_steps, ahead, \
-                                         emit);                                                \
-    break;
-    TML_ROWS(1)
-    TML_ROWS(2)
-    TML_ROWS(3)
-    TML_ROWS(4)
-    TML_ROWS(5)
-    TML_ROWS(6)
-    TML_ROWS(7)
-    TML_ROWS(8)
-    TML_ROWS(9)
-    TML_ROWS(10)
-    TML_ROWS(11)
-    TML_ROWS(12)
-#undef TML_ROWS
-    default:
-      break;
-  }
+  with_rows(num_rows, [&](auto rows) TML_LAMBDA {
+    multiply_panels_fixed<kBf16, decltype(rows)::value>(weight, panel_steps, begin, end, x,
+                                                        num_steps, ahead, emit);
+  });
 }
 
 // Panels a thread reuses across token tiles stay inside this many bytes of its L2 cache.

@@ -34,7 +34,7 @@ void rms_norm_typed(const RmsNormParams& p) {
 
 void rms_norm(const RmsNormParams& p) {
   if (p.num_rows == 0 || p.dim == 0) return;
-  if (p.dtype == DType::kF32) return rms_norm_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(rms_norm, rms_norm_typed<float>)(p);
   rms_norm_typed<std::uint16_t>(p);
 }
 

@@ -74,7 +74,7 @@ void rms_norm_bwd_typed(const RmsNormBwdParams& p) {
 
 void rms_norm_bwd(const RmsNormBwdParams& p) {
   if (p.dim == 0) return;
-  if (p.dtype == DType::kF32) return rms_norm_bwd_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(rms_norm_bwd, rms_norm_bwd_typed<float>)(p);
   rms_norm_bwd_typed<std::uint16_t>(p);
 }
 

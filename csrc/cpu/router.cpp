@@ -130,7 +130,7 @@ void router_typed(const RouterParams& p) {
 
 void router(const RouterParams& p) {
   if (p.num_tokens == 0) return;
-  if (p.dtype == DType::kF32) return router_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(router, router_typed<float>)(p);
   router_typed<std::uint16_t>(p);
 }
 

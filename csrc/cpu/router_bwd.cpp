@@ -167,7 +167,7 @@ void router_bwd_typed(const RouterBwdParams& p) {
 }  // namespace
 
 void router_bwd(const RouterBwdParams& p) {
-  if (p.dtype == DType::kF32) return router_bwd_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(router_bwd, router_bwd_typed<float>)(p);
   router_bwd_typed<std::uint16_t>(p);
 }
 

@@ -60,7 +60,7 @@ void sconv_norm_typed(const SconvNormParams& p) {
 
 void sconv_norm(const SconvNormParams& p) {
   if (p.batch.num_tokens == 0 || p.dim == 0) return;
-  if (p.dtype == DType::kF32) return sconv_norm_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(sconv_norm, sconv_norm_typed<float>)(p);
   sconv_norm_typed<std::uint16_t>(p);
 }
 

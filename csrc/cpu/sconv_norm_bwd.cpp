@@ -70,7 +70,7 @@ void sconv_norm_bwd_typed(const SconvNormBwdParams& p) {
 
 void sconv_norm_bwd(const SconvNormBwdParams& p) {
   if (p.dim == 0) return;
-  if (p.dtype == DType::kF32) return sconv_norm_bwd_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(sconv_norm_bwd, sconv_norm_bwd_typed<float>)(p);
   sconv_norm_bwd_typed<std::uint16_t>(p);
 }
 

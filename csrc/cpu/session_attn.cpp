@@ -257,7 +257,7 @@ void session_attn_typed(const SessionAttnParams& p) {
 
 void session_attn(const SessionAttnParams& p) {
   if (p.batch.num_tokens == 0) return;
-  if (p.dtype == DType::kF32) return session_attn_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(session_attn, session_attn_typed<float>)(p);
   session_attn_typed<std::uint16_t>(p);
 }
 

@@ -427,7 +427,7 @@ void session_attn_bwd_typed(const SessionAttnBwdParams& p) {
 }  // namespace
 
 void session_attn_bwd(const SessionAttnBwdParams& p) {
-  if (p.dtype == DType::kF32) return session_attn_bwd_typed<float>(p);
+  if (p.dtype == DType::kF32) return TML_F32(session_attn_bwd, session_attn_bwd_typed<float>)(p);
   session_attn_bwd_typed<std::uint16_t>(p);
 }
 
