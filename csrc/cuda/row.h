@@ -4,6 +4,7 @@
 // ((0+1)+(2+3))+((4+5)+(6+7)).
 #pragma once
 
+#include "cuda/launch.h"
 #include "cuda/math.h"
 
 namespace tml::cuda {
