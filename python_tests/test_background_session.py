@@ -545,7 +545,7 @@ def test_a_session_nobody_holds_ends_its_jobs() -> None:
     with BackgroundRunner(gate, policy=POLICY) as runner:
         session = Session(nano())
         session.attach(runner)
-        job = runner.submit(ContextPackage("a"), session=session)
+        job = runner.submit("a", session=session)
         gate.reach()
         del session
         gc.collect()

@@ -6,6 +6,7 @@ pictures. Sound is described, not transcribed: what was spoken is in the request
 the model that heard it, and a backend that forks the session hears it itself.
 """
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -79,21 +80,27 @@ Item = TextItem | SoundItem | CallItem | ResultItem
 class ContextPackage:
     """What a job is about. ``items``: the conversation, oldest first. ``frames``: the last ones.
 
-    ``now_ms``: media time at which the package was made. ``session``: the live session it is of,
-    None for a job outside any; a backend may fork it, never append to it.
+    ``now_ms``: media time at which the package was made. ``session_ref``: a weak reference to the
+    live session it is of; remembering a job must not keep a session open.
     """
 
     request: str
     items: tuple[Item, ...] = ()
     frames: tuple[Frame, ...] = ()
     now_ms: int = 0
-    session: Any = None
+    session_ref: "weakref.ref[Any] | None" = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.request, str):
             raise InvalidType(f"request: expected str, got {type(self.request).__name__}")
         if not self.request.strip():
             raise InvalidArgument("request: expected what is to be done, got none")
+
+    @property
+    def session(self) -> Any:
+        """The live session, None for a job outside any and once the session is collected; a
+        backend may fork it, never append to it."""
+        return None if self.session_ref is None else self.session_ref()
 
     @classmethod
     def from_records(
@@ -120,7 +127,8 @@ class ContextPackage:
         )
         items.sort(key=lambda one: one.start_ms)
         now_ms = records[-1].t_ms + TICK_MS if records else 0
-        return cls(request, tuple(items), frames, now_ms, session)
+        ref = None if session is None else weakref.ref(session)
+        return cls(request, tuple(items), frames, now_ms, ref)
 
     def conversation(self, max_chars: int = 8000) -> str:
         """The items as lines of text with times, the oldest left out beyond ``max_chars``."""
