@@ -33,20 +33,26 @@ class Limits:
 
     def sample(self) -> None:
         """Read the buffer three times and run the dot products twice (some 50 ms)."""
-        if self._buffer is None:
-            self._buffer = huge_empty((BUFFER_BYTES,), torch.uint8).fill_(1)
+        self.read_speed()
         threads = torch.get_num_threads()
-        for _ in range(3):
-            start = time.perf_counter()
-            _ext.read_bytes(self._buffer, threads)
-            speed = BUFFER_BYTES / (time.perf_counter() - start)
-            self.bytes_per_s = max(self.bytes_per_s, speed)
         for dtype in self.flops_per_s:
             for _ in range(2):
                 start = time.perf_counter()
                 flops = _ext.dot_peak(DOT_STEPS, dtype == torch.bfloat16, threads)
                 speed = flops / (time.perf_counter() - start)
                 self.flops_per_s[dtype] = max(self.flops_per_s[dtype], speed)
+
+    def read_speed(self) -> float:
+        """Bytes a second as of now: the best of three readings (some 15 ms)."""
+        if self._buffer is None:
+            self._buffer = huge_empty((BUFFER_BYTES,), torch.uint8).fill_(1)
+        best = 0.0
+        for _ in range(3):
+            start = time.perf_counter()
+            _ext.read_bytes(self._buffer, torch.get_num_threads())
+            best = max(best, BUFFER_BYTES / (time.perf_counter() - start))
+        self.bytes_per_s = max(self.bytes_per_s, best)
+        return best
 
     def least_time(self, num_bytes: float, flops: float, dtype: torch.dtype) -> float:
         """Seconds below which no program can read that much or compute that much here."""
