@@ -21,7 +21,7 @@ from tml_core.train.policy import GroupSampler, group_advantages, update_policy
 from train_tiny import prepare
 
 GROUP = 16
-NUM_ROUNDS = 12
+NUM_ROUNDS = 8
 PROMPTS = ("sing", "call me")
 
 
