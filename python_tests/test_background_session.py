@@ -1,5 +1,6 @@
 """A runner tied to a live session: calls become jobs, results enter it, closing ends them."""
 
+import asyncio
 import gc
 import threading
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from tml_core.background import (
     Final,
     Job,
     JobContext,
+    Partial,
     ResultItem,
     SoundItem,
     TextItem,
@@ -185,7 +187,7 @@ def test_interrupt_and_silent_do_not_wait(session: Session) -> None:
         assert '"content":{"overtaken":true,"silent":true,"text":"about rain"}' in words_in(session)
 
 
-@pytest.mark.parametrize("budget_tokens", [130, 160, 400])
+@pytest.mark.parametrize("budget_tokens", [140, 160, 400])
 def test_no_tick_takes_more_than_the_budget(session: Session, budget_tokens: int) -> None:
     text = " ".join(f"word{index}" for index in range(60))
     policy = DeliveryPolicy(budget_tokens=budget_tokens)
@@ -594,3 +596,117 @@ def test_a_job_that_fails_at_once_fails_in_its_words(session: Session) -> None:
         job = runner.submit("a", session=session)
         assert job.result(WAIT_S) in (Final("a"), Cancelled("its session was closed"))
         assert not isinstance(job.result(), Failed)
+
+
+class _Writer:
+    """A backend whose answer the test writes, piece by piece."""
+
+    def __init__(self) -> None:
+        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._begun = threading.Event()
+        self.final = ""
+
+    async def run(self, _job: JobContext) -> Updates:
+        self._loop = asyncio.get_running_loop()
+        self._begun.set()
+        while (piece := await self._pieces.get()) is not None:
+            if piece == "raise":
+                raise OSError("the line went dead")
+            yield Partial(piece)
+        yield Final(self.final)
+
+    def write(self, piece: str | None) -> None:
+        assert self._begun.wait(WAIT_S)
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+
+def caught_up(runner: BackgroundRunner, job: Job, num_updates: int) -> None:
+    """Wait until a job has said so much, and the runner has passed it on."""
+    for _, _update in zip(range(num_updates), job, strict=False):
+        pass
+    reached = threading.Event()
+    runner._loop.post(reached.set)
+    assert reached.wait(WAIT_S)
+
+
+def test_an_answer_enters_while_it_is_written(session: Session) -> None:
+    writer = _Writer()
+    with BackgroundRunner(writer, policy=POLICY, streams=True) as runner:
+        session.attach(runner)
+        job = runner.submit("tea", session=session)
+        writer.write("Green tea wants")
+        caught_up(runner, job, 1)
+        quietly(session, 2)
+        assert job.delivery == "waiting" and "Green" not in words_in(session)
+        writer.write(" eighty degrees. Black")
+        caught_up(runner, job, 2)
+        quietly(session, 3)
+        assert job.delivery == "entering"
+        assert '"content":{"more":true,"text":"Green tea wants eighty degrees. "}' in words_in(
+            session
+        )
+        writer.final = "Green tea wants eighty degrees. Black tea more."
+        writer.write(None)
+        job.result(WAIT_S)
+        until_idle(runner)
+        quietly(session, 3)
+        assert job.delivery == "delivered"
+        assert words_in(session).endswith(
+            '{"call_id":"job-1","content":"Black tea more.","name":"background"}'
+        )
+
+
+def test_a_streamed_answer_that_ends_otherwise_is_said_whole(session: Session) -> None:
+    writer = _Writer()
+    with BackgroundRunner(writer, policy=POLICY, streams=True) as runner:
+        session.attach(runner)
+        job = runner.submit("tea", session=session)
+        writer.write("I will look that up for you. ")
+        writer.final = "Eighty degrees."
+        writer.write(None)
+        job.result(WAIT_S)
+        until_idle(runner)
+        quietly(session, 8)
+        said = words_in(session)
+        assert '{"more":true,"text":"I will look that up for you. "}' in said
+        assert said.endswith('"content":"Eighty degrees.","name":"background"}')
+
+
+@pytest.mark.parametrize("how", ["raise", "cancel"])
+def test_a_streamed_answer_that_breaks_off(session: Session, how: str) -> None:
+    writer = _Writer()
+    with BackgroundRunner(writer, policy=POLICY, streams=True) as runner:
+        session.attach(runner)
+        job = runner.submit("tea", session=session)
+        writer.write("Green tea wants eighty degrees. ")
+        caught_up(runner, job, 1)
+        quietly(session, 3)
+        assert job.delivery == "entering"
+        if how == "raise":
+            writer.write("raise")
+        else:
+            job.cancel()
+        job.result(WAIT_S)
+        until_idle(runner)
+        quietly(session, 4)
+        said = words_in(session)
+        if how == "raise":
+            assert job.delivery == "delivered"
+            assert '"error":"OSError: the line went dead"' in said
+        else:
+            assert job.delivery == "dropped"
+            assert said.endswith('degrees. "},"name":"background"}')
+
+
+def test_a_tool_with_a_long_name_needs_a_larger_budget(session: Session) -> None:
+    def a_tool_with_quite_a_long_name_that_takes_many_tokens_to_spell_out() -> int:
+        return 1
+
+    tool = a_tool_with_quite_a_long_name_that_takes_many_tokens_to_spell_out
+    with (
+        BackgroundRunner(Answers(), [tool]) as runner,
+        pytest.raises(InvalidArgument, match=r"budget_tokens: expected at least \d+ for this"),
+    ):
+        session.attach(runner)

@@ -22,9 +22,10 @@ from tml_core.background.delivery import (
     Outbox,
     floor,
     least_budget,
+    sentence_end,
     split_result,
 )
-from tml_core.background.job import Deliver, Job
+from tml_core.background.job import Job
 from tml_core.background.updates import Cancelled, Failed, Outcome
 from tml_core.engine.seat import Seat, TickRecord
 from tml_core.errors import InvalidArgument
@@ -45,15 +46,28 @@ _NUM_RESULTS: Final = 64
 _CONTEXT_TICKS: Final = 1500  # five minutes
 
 
+class _Stream:
+    """An answer that enters while it is written: ``said`` so far, ``buffer`` of it not cut yet."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.said = ""
+        self.buffer = ""
+
+
 class Attachment:
-    """Made by `BackgroundRunner.bind`; ``on_calls`` and ``on_closed`` are called in whatever thread
-    the engine is in and must return at once. ``recheck`` as for `Outbox`."""
+    """Made by `BackgroundRunner.bind`. ``names``: of all tools whose results may enter.
+
+    ``on_calls`` and ``on_closed`` are called in whatever thread the engine is in and must return at
+    once. ``recheck`` as for `Outbox`.
+    """
 
     def __init__(
         self,
         session: Any,
         seat: Seat,
         policy: DeliveryPolicy,
+        names: Sequence[str],
         *,
         on_calls: Callable[["Attachment", Calls], None],
         on_closed: Callable[["Attachment"], None],
@@ -61,10 +75,11 @@ class Attachment:
         recheck: Callable[["Attachment", Entry], bool],
     ) -> None:
         layout: Any = seat.layout
+        longest = max(names, key=len)
         self._count: Callable[[ToolResult], int] = lambda item: len(
-            layout.encode_result(item, item.name or DELEGATE)
+            layout.encode_result(item, item.name or longest)
         )
-        needed = least_budget(self._count, DELEGATE)
+        needed = least_budget(self._count, longest)
         if policy.budget_tokens < needed:
             raise InvalidArgument(
                 f"budget_tokens: expected at least {needed} for this model's tokenizer, "
@@ -77,6 +92,7 @@ class Attachment:
         self._on_undone = on_undone
         self._lock = threading.Lock()  # inside the seat's lock, never around it
         self._outbox = Outbox(policy, lambda entry: recheck(self, entry))
+        self._streams: dict[Job, _Stream] = {}  # of jobs that run; the runner's loop's own
         self._tick = 0
         self._frames: deque[Frame] = deque(maxlen=_NUM_FRAMES)
         self._results: deque[tuple[int, ToolResult]] = deque(maxlen=_NUM_RESULTS)
@@ -151,19 +167,56 @@ class Attachment:
     def deliver(self, job: Job, outcome: Outcome, seen_tick: int, name: str | None) -> None:
         """Let the outcome of a job wait for its moment. ``name``: of the tool, for a job the model
         did not ask for. What was cancelled is not delivered."""
+        stream = self._streams.pop(job, None)
         if isinstance(outcome, Cancelled):
+            if stream is not None:
+                self.drop(stream.entry)
             return
         is_error = isinstance(outcome, Failed)
         text = outcome.reason if isinstance(outcome, Failed) else outcome.text
-        self._add(job, text, job.deliver, seen_tick, name, is_error=is_error)
+        if stream is None:
+            pieces = self._pieces(job, text, name, is_error=is_error)
+            self._add(self._entry(job, pieces, seen_tick))
+            return
+        if not is_error:
+            # What has been streamed need not be said again.
+            is_begun = text.startswith(stream.said)
+            text = stream.buffer + text[len(stream.said) :] if is_begun else text
+        pieces = self._pieces(job, text, name, is_error=is_error)
+        with self._lock:
+            self._outbox.extend(stream.entry, pieces, is_last=True)
+
+    def stream(self, job: Job, text: str, seen_tick: int, name: str | None) -> None:
+        """A further piece of an answer that is still being written: it waits for its moment as
+        whole sentences."""
+        stream = self._streams.get(job)
+        if stream is None:
+            entry = self._entry(job, [], seen_tick)
+            entry.is_open = True
+            if not self._add(entry):
+                return
+            stream = self._streams[job] = _Stream(entry)
+        stream.said += text
+        stream.buffer += text
+        end = sentence_end(stream.buffer)
+        if end:
+            pieces = self._pieces(job, stream.buffer[:end], name, is_last=False)
+            stream.buffer = stream.buffer[end:]
+            with self._lock:
+                self._outbox.extend(stream.entry, pieces, is_last=False)
 
     def replace(self, entry: Entry, text: str, name: str | None) -> None:
         """Somebody has looked at a result again and would rather say ``text``."""
         with self._lock:
             if entry.job.delivery != "waiting":
                 return
-            pieces = self._pieces(entry.job, text, entry.deliver, name, is_error=False)
-            entry.pieces = pieces
+            stream = self._streams.get(entry.job)
+            if stream is not None:
+                # Its author is still writing: what it has said so far is not said.
+                stream.said, stream.buffer = "", ""
+                entry.pieces = self._pieces(entry.job, text, name, is_last=False)
+            else:
+                entry.pieces = self._pieces(entry.job, text, name)
             self._outbox.release(entry, self._tick)
 
     def release(self, entry: Entry, *, is_seen: bool) -> None:
@@ -181,34 +234,32 @@ class Attachment:
         """The last tick that was appended."""
         return self._tick
 
-    def _add(
+    def _entry(self, job: Job, pieces: list[ToolResult], seen_tick: int) -> Entry:
+        ticks = int(job.ttl_s * 1000) // TICK_MS
+        return Entry(
+            job=job,
+            pieces=pieces,
+            deliver=job.deliver,
+            priority=job.priority,
+            ready_tick=self._tick,
+            expires_tick=self._tick + ticks,
+            seen_tick=seen_tick,
+        )
+
+    def _add(self, entry: Entry) -> bool:
+        with self._lock:
+            if not self.is_closed:
+                self._outbox.add(entry)
+            return not self.is_closed
+
+    def _pieces(
         self,
         job: Job,
         text: str,
-        deliver: Deliver,
-        seen_tick: int,
         name: str | None,
         *,
-        is_error: bool,
-    ) -> None:
-        pieces = self._pieces(job, text, deliver, name, is_error=is_error)
-        with self._lock:
-            if self.is_closed:
-                return
-            ticks = int(job.ttl_s * 1000) // TICK_MS
-            entry = Entry(
-                job=job,
-                pieces=pieces,
-                deliver=deliver,
-                priority=job.priority,
-                ready_tick=self._tick,
-                expires_tick=self._tick + ticks,
-                seen_tick=seen_tick,
-            )
-            self._outbox.add(entry)
-
-    def _pieces(
-        self, job: Job, text: str, deliver: Deliver, name: str | None, *, is_error: bool
+        is_error: bool = False,
+        is_last: bool = True,
     ) -> list[ToolResult]:
         return split_result(
             job.call_id or job.id,
@@ -217,7 +268,8 @@ class Attachment:
             self._count,
             self._policy.budget_tokens,
             is_error=is_error,
-            flags=(SILENT,) if deliver == "silent" else (),
+            flags=(SILENT,) if job.deliver == "silent" else (),
+            is_last=is_last,
         )
 
     def _floor(self, seat: Seat, chunk: Chunk, state: LayoutState) -> Floor:

@@ -7,6 +7,7 @@ layout: so no tick holds more background ids than that, and what the user types 
 than one piece.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,12 +29,15 @@ __all__ = [
     "Outbox",
     "floor",
     "least_budget",
+    "sentence_end",
     "split_result",
 ]
 
 # Deliveries that are over are remembered for rewinds that undo them.
 _NUM_REMEMBERED: Final = 64
 _MIN_TEXT_TOKENS: Final = 16
+_SENTENCE_END: Final = re.compile(r"[.!?:;]\s+|\n")
+_MIN_SENTENCE: Final = 24
 # Flags of a piece: newer items came since the job's author looked; not to be spoken of.
 OVERTAKEN: Final = "overtaken"
 SILENT: Final = "silent"
@@ -49,7 +53,7 @@ class DeliveryPolicy:
     All times are media time of the session. Raises InvalidArgument naming the field.
     """
 
-    budget_tokens: int = 128
+    budget_tokens: int = 192
     quiet_ms: int = 600
     speech_rms: float = SPEECH_RMS
     heeds_model: bool = True
@@ -109,7 +113,7 @@ def floor(
 class Entry:
     """A result on its way in. ``pieces``: what enters, in order; ``handed``: (tick, piece) of those
     that have. ``ready_tick``: since when it waits. ``seen_tick``: up to where its author knew the
-    conversation. ``is_held``: somebody is looking at it again."""
+    conversation. ``is_held``: somebody is looking at it again. ``is_open``: more pieces come."""
 
     job: Job
     pieces: list[ToolResult]
@@ -122,7 +126,13 @@ class Entry:
     num_rechecks: int = 0
     is_held: bool = False
     is_checked: bool = False
+    is_open: bool = False
     handed: list[tuple[int, ToolResult]] = field(default_factory=list)
+
+    @property
+    def has_next(self) -> bool:
+        """Whether there is a piece that has not entered."""
+        return len(self.handed) < len(self.pieces)
 
     @property
     def next_piece(self) -> ToolResult:
@@ -132,7 +142,7 @@ class Entry:
     @property
     def is_through(self) -> bool:
         """Whether all of it has entered."""
-        return len(self.handed) == len(self.pieces)
+        return not self.has_next and not self.is_open
 
 
 class Outbox:
@@ -160,6 +170,11 @@ class Outbox:
         self._count += 1
         self._entries.append(entry)
         entry.job.delivery = "waiting"
+
+    def extend(self, entry: Entry, pieces: Sequence[ToolResult], *, is_last: bool) -> None:
+        """Further pieces of an open entry; after the last it is closed."""
+        entry.pieces.extend(pieces)
+        entry.is_open = not is_last
 
     def note_item(self, tick: int) -> None:
         """Typed text, or a result that does not come from here, enters in this tick."""
@@ -239,7 +254,8 @@ class Outbox:
         """The entry that is in the middle, else the most urgent that may begin; ties by age.
 
         In the middle of a result a user who begins to speak is waited for again."""
-        may = [one for one in self._entries if not one.is_held and self._may(one, tick, floor)]
+        ready = [one for one in self._entries if one.has_next and not one.is_held]
+        may = [one for one in ready if self._may(one, tick, floor)]
         if not may:
             return None
         return min(may, key=lambda one: (not one.handed, -one.priority, one.number))
@@ -265,12 +281,13 @@ def split_result(
     *,
     is_error: bool = False,
     flags: Sequence[str] = (),
+    is_last: bool = True,
 ) -> list[ToolResult]:
     """A result as pieces of at most ``budget_tokens`` ids each, as ``count`` gives them.
 
     One piece is the text itself; of several, and with flags, each is ``{"text": ..., flag: true}``
-    with the flag "more" in all but the last. Raises InvalidArgument if a piece has no room for
-    text.
+    with the flag "more" in all but the last, and in the last too without ``is_last``. Raises
+    InvalidArgument if a piece has no room for text.
     """
 
     def piece(text: str, *, more: bool) -> ToolResult:
@@ -285,7 +302,7 @@ def split_result(
     pieces: list[ToolResult] = []
     rest = text
     while True:
-        last = piece(rest, more=False)
+        last = piece(rest, more=not is_last)
         if fits(last):
             return [*pieces, last]
         length = _fitting(rest, lambda head: fits(piece(head, more=True)))
@@ -297,6 +314,12 @@ def split_result(
             )
         pieces.append(piece(rest[:length], more=True))
         rest = rest[length:]
+
+
+def sentence_end(text: str) -> int:
+    """Where the last whole sentence of ``text`` ends; 0 if there is none of some length."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return ends[-1] if ends and ends[-1] >= _MIN_SENTENCE else 0
 
 
 def least_budget(count: Callable[[ToolResult], int], name: str) -> int:

@@ -26,7 +26,8 @@ _END_S: Final = 10.0  # what jobs and tool servers get to end when the runner cl
 class RunnerLoop:
     """Starts its thread at once; returns when all ``toolbox`` sources are connected.
 
-    Raises what connecting raised. ``on_outcome`` is called in the loop when a job has ended.
+    Raises what connecting raised. ``on_outcome`` is called in the loop when a job has
+    ended, ``on_partial`` with each piece of an answer.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class RunnerLoop:
         toolbox: Toolbox,
         max_tool_calls: int,
         on_outcome: Callable[[Job], None],
+        on_partial: Callable[[Job, str], None],
     ) -> None:
         self._backend = backend
         self._toolbox = toolbox
         self._max_tool_calls = max_tool_calls
         self._on_outcome = on_outcome
+        self._on_partial = on_partial
         self._loop = asyncio.new_event_loop()
         self._tasks: dict[Job, asyncio.Task[None]] = {}
         self._others: set[asyncio.Task[Any]] = set()
@@ -204,6 +207,8 @@ class RunnerLoop:
                 job.put(update)
                 if isinstance(update, FinalUpdate):
                     return
+                if isinstance(update, Partial):
+                    self._on_partial(job, update.text)
                 # A backend that never waits must not starve the others.
                 await asyncio.sleep(0)
         job.put(Failed("the backend ended without an answer"))

@@ -82,9 +82,11 @@ class BackgroundRunner:
     ``max_jobs``: at once; one more is refused. ``on_duplicate``: what a session's request does
     while it has one running: "reject", "steer" (tell the running one) or "allow". ``deliver``,
     ``ttl_s`` (session time a result may wait) and ``deadline_s`` (seconds a job may take) are what
-    jobs get unless they say otherwise. ``policy``: see `DeliveryPolicy`. ``recheck``: asked about a
-    result that newer items have overtaken before it entered; it returns the text to give instead,
-    or None to drop it. Without one such a result carries the flag "overtaken".
+    jobs get unless they say otherwise. With ``streams`` an answer enters its session sentence by
+    sentence while it is written, else once it is whole. ``policy``: see `DeliveryPolicy`.
+    ``recheck``: asked about a result that newer items have overtaken before it entered; it returns
+    the text to give instead, or None to drop it. Without one such a result carries the flag
+    "overtaken".
     ``tool_timeout_s``, ``max_output_bytes``, ``max_tool_calls`` (of a job), ``max_parallel_tools``,
     ``max_tool_threads``: bounds of tools.
 
@@ -104,6 +106,7 @@ class BackgroundRunner:
         deliver: Deliver = "when_idle",
         ttl_s: float = 120.0,
         deadline_s: float = 120.0,
+        streams: bool = False,
         policy: DeliveryPolicy | None = None,
         recheck: Recheck | None = None,
         tool_timeout_s: float = 30.0,
@@ -139,6 +142,7 @@ class BackgroundRunner:
         self._deadline_s = deadline_s
         self._policy = DeliveryPolicy() if policy is None else policy
         self._recheck = recheck
+        self._streams = streams
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._running: dict[Job, _Origin] = {}
@@ -156,8 +160,10 @@ class BackgroundRunner:
             if name in self._toolbox:
                 raise InvalidArgument(f"tools: the name {name!r} is taken by the runner itself")
         # The thread must not keep a runner alive that nobody holds.
-        ended = weakref.WeakMethod(self._ended)
-        self._loop = RunnerLoop(backend, self._toolbox, max_tool_calls, _weakly(ended))
+        ended, wrote = weakref.WeakMethod(self._ended), weakref.WeakMethod(self._wrote)
+        self._loop = RunnerLoop(
+            backend, self._toolbox, max_tool_calls, _weakly(ended), _weakly(wrote)
+        )
         self._finalizer = weakref.finalize(self, self._loop.close)
 
     @property
@@ -263,6 +269,7 @@ class BackgroundRunner:
             session,
             seat,
             self._policy,
+            [one["name"] for one in self.declarations],
             on_calls=self._on_calls,
             on_closed=self._on_closed,
             on_undone=_cancel_all,
@@ -346,18 +353,27 @@ class BackgroundRunner:
                 return job
         return None
 
+    def _wrote(self, job: Job, text: str) -> None:
+        """In the loop: a job has written a piece of its answer."""
+        with self._lock:
+            origin = self._running[job]
+        attachment = origin.attachment
+        if self._streams and attachment is not None and not attachment.is_closed:
+            attachment.stream(job, text, origin.seen_tick, _name_of(job))
+
     def _ended(self, job: Job) -> None:
         """In the loop: a job is over."""
         with self._lock:
             origin = self._running[job]
-        attachment = origin.attachment
-        if attachment is not None and not attachment.is_closed:
-            name = DELEGATE if job.call_id is None else None
-            attachment.deliver(job, job.result(), origin.seen_tick, name)
-        with self._idle:
-            del self._running[job]
-            self._finished.append(job)
-            self._idle.notify_all()
+        try:
+            if origin.attachment is not None and not origin.attachment.is_closed:
+                outcome = job.result()
+                origin.attachment.deliver(job, outcome, origin.seen_tick, _name_of(job))
+        finally:
+            with self._idle:
+                del self._running[job]
+                self._finished.append(job)
+                self._idle.notify_all()
 
     def _attachment(self, session: Any) -> Attachment:
         for attachment in list(self._attachments):
@@ -395,7 +411,7 @@ class BackgroundRunner:
             if text is None:
                 attachment.drop(entry)
             else:
-                attachment.replace(entry, text, DELEGATE if job.call_id is None else None)
+                attachment.replace(entry, text, _name_of(job))
         except asyncio.CancelledError:
             raise
         except BaseException:  # SystemExit must not end the loop
@@ -531,13 +547,18 @@ class _Origin:
 _MAX_SMALL: Final = 64
 
 
-def _weakly(method: "weakref.WeakMethod[Any]") -> Callable[[Job], None]:
-    def call(job: Job) -> None:
+def _weakly(method: "weakref.WeakMethod[Any]") -> Callable[..., None]:
+    def call(*args: Any) -> None:
         bound = method()
         if bound is not None:
-            bound(job)
+            bound(*args)
 
     return call
+
+
+def _name_of(job: Job) -> str | None:
+    """The tool a result is of, where no call of the model says so."""
+    return DELEGATE if job.call_id is None else None
 
 
 def _cancel_all(jobs: list[Job]) -> None:
