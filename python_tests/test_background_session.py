@@ -706,7 +706,7 @@ def test_a_tool_with_a_long_name_needs_a_larger_budget(session: Session) -> None
 
     tool = a_tool_with_quite_a_long_name_that_takes_many_tokens_to_spell_out
     with (
-        BackgroundRunner(Answers(), [tool]) as runner,
+        BackgroundRunner(Answers(), [tool], policy=DeliveryPolicy(budget_tokens=140)) as runner,
         pytest.raises(InvalidArgument, match=r"budget_tokens: expected at least \d+ for this"),
     ):
         session.attach(runner)
