@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -319,18 +320,18 @@ def test_a_failed_step_undoes_all_that_went_in_together(monkeypatch: pytest.Monk
         before = standing(session)
         with paused(session):
             turns = [session.append(noise(i)) for i in range(3)]
-            prepare = nano().prepare
+            step = nano().backbone.step
             calls: list[int] = []
 
-            def failing(sequence: object, segments: object) -> object:
+            def failing(*arguments: Any) -> object:
                 calls.append(1)
                 if len(calls) > 1:
                     raise RuntimeError("broken")
-                return prepare(sequence, segments)  # type: ignore[arg-type]
+                return step(*arguments)
 
-            monkeypatch.setattr(nano(), "prepare", failing)
+            monkeypatch.setattr(nano().backbone, "step", failing)
             turns[0].cancel("none", wait=False)
-        # The first prepare is of the two that waited; the second of their first token.
+        # The first step is of the two that waited; the second of their first token.
         for turn in turns[1:]:
             with pytest.raises(RuntimeError, match="broken"):
                 turn.result(WAIT_S)

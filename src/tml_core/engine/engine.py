@@ -14,12 +14,14 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tml_core.engine import turn as turn_module
@@ -27,7 +29,7 @@ from tml_core.engine.cost_model import CostModel
 from tml_core.engine.job import Job
 from tml_core.engine.parking import ParkingLot
 from tml_core.engine.runner import StepInput
-from tml_core.engine.sampler import sample_rows
+from tml_core.engine.sampler import RowBuffers
 from tml_core.engine.scheduler import compose
 from tml_core.engine.seat import Part, Seat
 from tml_core.engine.stats import EngineCounters, EngineStats
@@ -35,6 +37,8 @@ from tml_core.engine.turn import Ending, end_together
 from tml_core.errors import Overloaded, PoolExhausted, SessionBusy, SessionClosed, TmlError
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import Block, Segment
+from tml_core.model.kv_store import KvStore
+from tml_core.model.step_batch import StepBatch
 from tml_core.ops.lm_head import SampleRows
 from tml_core.sequence.sequence import Sequence
 from tml_core.sequence.store import SequenceStore
@@ -45,6 +49,7 @@ Admission = Literal["none", "capacity"]
 
 # When a session that was refused may ask again.
 _RETRY_MS: Final = 1000
+_LEARN_EVERY: Final = 4
 # A thread cannot wait for longer than some limit of the platform.
 _LONGEST_WAIT_S: Final = 3600.0
 
@@ -53,6 +58,10 @@ _Inbox = queue.SimpleQueue[Callable[[], None] | None]
 
 
 class _Backbone(Protocol):
+    def embed_ids(self, ids_T: Tensor) -> Tensor: ...
+
+    def step(self, x_TD: Tensor, batch: StepBatch, kv: KvStore) -> Tensor: ...
+
     def sample(self, h_BD: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]: ...
 
 
@@ -73,6 +82,10 @@ class StepModel(Protocol):
     @property
     def runner(self) -> _Runner:
         """Appends all inputs or none; returns the hidden states [T, D] of each."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens there are."""
 
     @property
     def store(self) -> SequenceStore:
@@ -121,6 +134,13 @@ class EngineLoop:
         self._is_shut = False
         self.counters = EngineCounters()
         self.costs = CostModel()
+        self._last_size = (0, 0)
+        # Rows of a step of single tokens, in fixed memory.
+        num_slots = model.store.kv.num_slots
+        self._rows = StepBatch(num_slots, num_slots)
+        self._ids_B = torch.zeros(num_slots, dtype=torch.int64)
+        self._token_ids: NDArray[np.int64] = self._ids_B.numpy()
+        self._samples = RowBuffers(num_slots, -(-model.vocab_size // 32))
         if warm_up is not None:
             self._inbox.put(_harmless(warm_up))
         self._thread = threading.Thread(target=self._loop, name="tml-engine", daemon=True)
@@ -416,31 +436,80 @@ class EngineLoop:
         bringing = [job for job in ready if self._guarded(job, lambda job=job: self._begin(job))]  # type: ignore[misc]
         size = (0, 0)
         if bringing:
-            max_tokens = self._model.runner.max_step_tokens
-            size = self._run(compose(bringing, max_tokens, self.costs, begin_s))
+            if all(job.is_decoding for job in bringing):
+                size = self._decode(bringing)
+            else:
+                size = self._mixed(bringing, begin_s)
         if ready:
             self._follow_up()
             busy_s = time.perf_counter() - begin_s
             self.counters.host_s += busy_s - (self.counters.kernel_s - kernel_s)
             if size != (0, 0):
-                self.costs.learn(*size, busy_s)
+                self._learn(size, busy_s)
+
+    def _learn(self, size: tuple[int, int], seconds: float) -> None:
+        # The same step over and over teaches little, and is not free.
+        if size != self._last_size or self.counters.steps % _LEARN_EVERY == 0:
+            self._last_size = size
+            self.costs.learn(*size, seconds)
 
     def _begin(self, job: Job) -> bool:
         if job.seat.parked is not None:
             self.awake(job.seat)
-        return job.begin_step() and self._prepare(job)
+        return job.begin_step()
 
-    def _prepare(self, job: Job) -> bool:
-        if not job.is_prepared:
-            with self._kernels():
-                step_input = self._model.prepare(job.seat.sequence, job.segments)
-            job.prepare(step_input)
-        return True
+    # A step of turns that each bring the token drawn last.
 
-    def _run(self, step: SequenceOf[tuple[Job, int]]) -> tuple[int, int]:
-        """One step; returns how many positions of how many sequences went in."""
-        done = self._append(step)
+    def _decode(self, jobs: list[Job]) -> tuple[int, int]:
+        """Returns how many positions of how many sequences went in."""
+        try:
+            for job in jobs:
+                job.make_room()
+        except Exception:
+            return self._mixed(jobs, time.perf_counter())  # it knows how to go on without some
+        ahead = []
+        for job in list(jobs):
+            try:
+                ahead.append(job.feed_one())
+            except Exception as error:
+                job.fail(error)
+                jobs.remove(job)
+        if not jobs:
+            return 0, 0
+        slots, positions, token_ids = zip(*ahead, strict=True)
+        num_rows = len(jobs)
+        try:
+            self._rows.fill_single(slots, positions)
+            self._token_ids[:num_rows] = token_ids
+            begin_s = time.perf_counter()
+            x_BD = self._model.backbone.embed_ids(self._ids_B[:num_rows])
+            h_BD = self._model.backbone.step(x_BD, self._rows, self._model.store.kv)
+            self.counters.kernel_s += time.perf_counter() - begin_s
+        except Exception:
+            # Nobody knows how far it got, or because of whom.
+            behind = [job for job in jobs if self._guarded(job, job.catch_up)]
+            return self._mixed(behind, time.perf_counter())
+        self.counters.steps += 1
+        self.counters.step_tokens += num_rows
+        wanting = [self._guarded(job, lambda job=job: job.end_token(num_rows)) for job in jobs]  # type: ignore[misc]
+        if not all(wanting):
+            kept = [row for row, is_wanting in enumerate(wanting) if is_wanting]
+            jobs, h_BD = [jobs[row] for row in kept], h_BD[kept]
+        if jobs:
+            self._draw(jobs, h_BD, num_rows)
+        return num_rows, num_rows
+
+    # Any step.
+
+    def _mixed(self, jobs: list[Job], begin_s: float) -> tuple[int, int]:
+        """Returns how many positions of how many sequences went in."""
+        prepared = [job for job in jobs if self._guarded(job, lambda job=job: self._prepare(job))]  # type: ignore[misc]
+        max_tokens = self._model.runner.max_step_tokens
+        done = self._append(compose(prepared, max_tokens, self.costs, begin_s)) if prepared else []
         batch_size = len(done)
+        num_tokens = sum(len(h_TD) for _, h_TD in done)
+        self.counters.steps += bool(done)
+        self.counters.step_tokens += num_tokens
         wanting = [
             job
             for job, h_TD in done
@@ -450,19 +519,26 @@ class EngineLoop:
             )
         ]
         if wanting:
-            self._sample(wanting, batch_size)
-        num_tokens = sum(len(h_TD) for _, h_TD in done)
-        self.counters.steps += bool(done)
-        self.counters.step_tokens += num_tokens
+            self._draw(wanting, torch.stack([job.hidden for job in wanting]), batch_size)
         return num_tokens, batch_size
+
+    def _prepare(self, job: Job) -> bool:
+        job.bring_tokens()
+        if not job.is_prepared:
+            begin_s = time.perf_counter()
+            step_input = self._model.prepare(job.seat.sequence, job.segments)
+            self.counters.kernel_s += time.perf_counter() - begin_s
+            job.prepare(step_input)
+        return True
 
     def _append(self, step: SequenceOf[tuple[Job, int]]) -> list[tuple[Job, Tensor]]:
         """Append what the turns bring. If they cannot go together, each goes alone, so that an
         error ends only the turn it belongs to."""
         try:
             pieces = [job.piece(count) for job, count in step]
-            with self._kernels():
-                hidden = self._model.runner.run(pieces)
+            begin_s = time.perf_counter()
+            hidden = self._model.runner.run(pieces)
+            self.counters.kernel_s += time.perf_counter() - begin_s
             return list(zip((job for job, _ in step), hidden, strict=True))
         except PoolExhausted as error:
             if not self._make_room(None) and len(step) == 1:
@@ -479,25 +555,26 @@ class EngineLoop:
                 found += self._append([(job, count)])
         return found
 
-    def _sample(self, wanting: list[Job], batch_size: int) -> None:
+    def _draw(self, jobs: list[Job], h_BD: Tensor, batch_size: int) -> None:
+        """Draw a token for each of the turns, from its row of hidden states."""
         try:
-            rows = sample_rows([job.request for job in wanting])
-            h_BD = torch.stack([job.hidden for job in wanting])
-            with self._kernels():
-                tokens, logprobs = self._model.backbone.sample(h_BD, rows)
+            rows = self._samples.fill([job.request for job in jobs])
+            begin_s = time.perf_counter()
+            tokens, logprobs = self._model.backbone.sample(h_BD, rows)
+            self.counters.kernel_s += time.perf_counter() - begin_s
         except Exception as error:
-            if len(wanting) == 1:
-                wanting[0].fail(error)
+            if len(jobs) == 1:
+                jobs[0].fail(error)
                 return
-            # Draws keep no state: one by one, an error ends only the turn it belongs to.
-            for job in wanting:
-                self._sample([job], batch_size)
+            for row, job in enumerate(jobs):
+                self._draw([job], h_BD[row : row + 1], batch_size)
             return
-        for job, token_id, logprob in zip(wanting, tokens.tolist(), logprobs.tolist(), strict=True):
-            self._guarded(
-                job,
-                lambda job=job, t=token_id, p=logprob: job.accept(t, p, self.costs, batch_size),  # type: ignore[misc]
-            )
+        costs = self.costs
+        for job, token_id, logprob in zip(jobs, tokens.tolist(), logprobs.tolist(), strict=True):
+            try:
+                job.accept(token_id, logprob, costs, batch_size)
+            except Exception as error:
+                job.fail(error)
 
     def _follow_up(self) -> None:
         """Where turns have ended, begin those that wait behind them."""
@@ -524,14 +601,6 @@ class EngineLoop:
         except Exception as error:
             job.fail(error)
             return False
-
-    @contextlib.contextmanager
-    def _kernels(self) -> Iterator[None]:
-        begin_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.counters.kernel_s += time.perf_counter() - begin_s
 
     def _admit(self) -> None:
         """Raise PoolExhausted or Overloaded unless there is room for one more session."""

@@ -9,11 +9,12 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from enum import Enum
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from tml_core.contract import PAGE_LEN
 from tml_core.engine.runner import StepInput
 from tml_core.engine.sampler import SampleRequest
 from tml_core.engine.seat import Part, Seat, TickRecord
@@ -35,8 +36,12 @@ from tml_core.media.audio_file import SAMPLE_RATE
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import Block, Segment, Tokens
 from tml_core.sequence.sequence import Mark
+from tml_core.sequence.token_log import text_records
 
-__all__ = ["Costs", "Job"]
+__all__ = ["Ahead", "Costs", "Job"]
+
+# Tokens that are given to the model before the sequence's books are brought up to date.
+_MAX_AHEAD: Final = 16
 
 # After so long a turn without a deadline is as urgent as one whose deadline is now.
 _PATIENCE_S: Final = 2.0
@@ -47,6 +52,14 @@ class Costs(Protocol):
 
     def step_s(self, num_tokens: int, num_rows: int) -> float:
         """Seconds of a step of that many positions in that many sequences, sampling included."""
+
+
+class Ahead(NamedTuple):
+    """A token on its way into a sequence."""
+
+    slot: int
+    position: int
+    token_id: int
 
 
 class _Phase(Enum):
@@ -80,6 +93,10 @@ class Job:
         self._fresh: list[Event] = []
         self._delivered = (0, 0)  # tokens and events of the output that readers could see
         self._h_D: Tensor | None = None
+        self._ahead: list[int] = []  # given to the model, not yet in the sequence
+        self._num_ahead = 0  # room that was reserved for them
+        self._tip = self._slot = 0
+        self._is_behind = False  # the sequence lacks tokens that the model had been given
         self._rested_since_s: float | None = None
         self.counters = EngineCounters()  # the engine puts its own in this place
 
@@ -126,12 +143,65 @@ class Job:
         if self._phase == _Phase.CLOSING:
             self._finish()
             return False
-        if self._phase == _Phase.QUEUED:
-            if not self._segments and not self._start():
-                return False
-        elif self._input is None:
-            self._segments = (Tokens(self._open_output().take_unfed()),)
-        return True
+        return bool(self._phase != _Phase.QUEUED or self._segments or self._start())
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it brings just the one token that was drawn last."""
+        return self._phase == _Phase.SAMPLING and not self._segments and not self._is_behind
+
+    def make_room(self) -> None:
+        """Have room for the token drawn last.
+
+        Room is reserved for several at once, and they become part of the sequence together, with
+        `flush`: so a token does not cost what keeping a sequence in order costs. Raises
+        PoolExhausted without room; nothing has changed then.
+        """
+        if self._num_ahead == len(self._ahead):
+            self.flush()
+            sequence = self.seat.sequence
+            tip = sequence.tip
+            num_ahead = min(PAGE_LEN - tip % PAGE_LEN, _MAX_AHEAD)
+            sequence.reserve(num_ahead)
+            self._num_ahead, self._tip, self._slot = num_ahead, tip, sequence.slot.index
+
+    def feed_one(self) -> Ahead:
+        """The token drawn last, and where it goes; it counts as given to the model. There must be
+        room for it."""
+        (token_id,) = self._open_output().take_unfed()
+        position = self._tip + len(self._ahead)
+        self._ahead.append(token_id)
+        return Ahead(self._slot, position, token_id)
+
+    def flush(self) -> None:
+        """Make the tokens of `feed_one` part of the sequence."""
+        if not self._num_ahead:
+            return
+        ahead, self._ahead, self._num_ahead = self._ahead, [], 0
+        sequence = self.seat.sequence
+        if ahead:
+            sequence.commit(text_records(ahead))
+        else:
+            sequence.abort()
+
+    def catch_up(self) -> None:
+        """A step has failed and may have left anything behind: take the output so far as one more
+        input, from where it begins."""
+        assert self._after_input is not None  # it is decoding
+        self._ahead.clear()
+        self.flush()
+        self._rewind(self._after_input)
+        self._is_behind = True
+
+    def bring_tokens(self) -> None:
+        """Bring what was drawn and is not in the sequence as `segments`."""
+        if self._phase != _Phase.SAMPLING or self._segments:
+            return
+        self.flush()
+        output = self._open_output()
+        unfed = output.take_unfed()
+        self._segments = (Tokens(output.token_ids if self._is_behind else unfed),)
+        self._is_behind = False
 
     @property
     def segments(self) -> tuple[Segment | Block, ...]:
@@ -168,6 +238,15 @@ class Job:
         start = self._num_fed
         return whole.piece(start, whole.cut(start, start + num_tokens))
 
+    def end_token(self, batch_size: int) -> bool:
+        """The token of `feed_one` is in. True if another is wanted."""
+        clock = self.turn.clock
+        if batch_size > clock.max_batch:
+            clock.max_batch = batch_size
+        if self.turn.cancelled is None:
+            return True
+        return self._obey_cancels() and self._phase == _Phase.SAMPLING
+
     def end_step(self, h_TD: Tensor, costs: Costs, batch_size: int) -> bool:
         """The step is done; ``h_TD`` [T, D] are its hidden states. True if a token is wanted."""
         clock = self.turn.clock
@@ -175,7 +254,7 @@ class Job:
         self._num_fed += len(h_TD)
         if self.num_left:
             return False
-        self._input, self._num_fed = None, 0
+        self._segments, self._input, self._num_fed = (), None, 0
         if self._phase == _Phase.QUEUED:
             self._end_input(costs, batch_size)
         if self._phase == _Phase.SAMPLING and not self._obey_cancels():
@@ -195,8 +274,9 @@ class Job:
     def request(self) -> SampleRequest:
         """How the wanted token is drawn."""
         seat = self.seat
-        allowed = self._open_output().allowed()
-        return SampleRequest(seat.sampling, seat.sequence.seed, seat.sequence.tip, allowed)
+        sequence = seat.sequence
+        position = sequence.tip + len(self._ahead)
+        return SampleRequest(seat.sampling, sequence.seed, position, self._open_output().allowed())
 
     def accept(self, token_id: int, logprob: float, costs: Costs, batch_size: int) -> None:
         """Take a sampled token; the turn may end with it."""
@@ -229,7 +309,8 @@ class Job:
         sequence = self.seat.sequence
         if not sequence.is_closed and self._before is not None:
             try:
-                sequence.rewind(self._before)
+                self._ahead.clear()
+                self._rewind(self._before)
             except Exception:
                 # Nowhere to go back to: rather no session than one in an unknown state.
                 self.seat.is_closed = True
@@ -350,7 +431,7 @@ class Job:
         undone = [part for part in self._parts if part.turn.cancelled == "none"]
         if undone:
             if self._before is not None:
-                self.seat.sequence.rewind(self._before)
+                self._rewind(self._before)
             endings = [Ending(part.turn, [self._cancelled_done(part)]) for part in undone]
             if len(undone) == len(self._parts):
                 self._end(endings, None)
@@ -371,6 +452,7 @@ class Job:
             first = seat.first_unheard(heard_ms)
             if first is None:
                 return False
+            self.flush()
             try:
                 replayed = seat.forget_output(first)
             except InvalidArgument:
@@ -401,6 +483,7 @@ class Job:
         self._parts = parts
         self._phase = _Phase.QUEUED
         self._segments, self._input, self._num_fed = (), None, 0
+        self._is_behind = False
         self._output = self._after_input = None
         self._events, self._fresh, self._delivered = [], [], (0, 0)
         with self.seat.lock:
@@ -417,7 +500,7 @@ class Job:
         self._events = self._events[:num_events]
         self._fresh = [self._cancelled_done(part)]
         if self._output is not None and self._after_input is not None:
-            self.seat.sequence.rewind(self._after_input)
+            self._rewind(self._after_input)
             self._output.cut(num_tokens)
         half = part.silent if self._output is None else self._output
         if half is not None:
@@ -462,6 +545,7 @@ class Job:
         """End the turns of all parts; without a ``state`` they are undone."""
         sequence, parts = self.seat.sequence, self._parts
         if not sequence.is_closed:
+            self.flush()
             tip, num_pages = sequence.tip, sequence.num_pages
             for part in parts:
                 part.turn.clock.position, part.turn.clock.num_pages = tip, num_pages
@@ -518,6 +602,10 @@ class Job:
         if part.encoded is None:
             raise TmlError("turn: its input was not encoded")
         return part.encoded.state
+
+    def _rewind(self, mark: Mark) -> None:
+        self.flush()
+        self.seat.sequence.rewind(mark)
 
     def _carry_changes(self) -> dict[str, Any]:
         """What the sequence carries beside KV once the segments are in."""

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tml_core.errors import InvalidArgument, InvalidType
 from tml_core.ops.lm_head import SampleRows
 
-__all__ = ["SampleRequest", "SamplingParams", "sample_rows"]
+__all__ = ["RowBuffers", "SampleRequest", "SamplingParams", "sample_rows"]
 
 _MIN_TEMPERATURE: Final = 1e-6
 
@@ -60,11 +62,71 @@ class SampleRequest(NamedTuple):
     allowed: Tensor
 
 
+class RowBuffers:
+    """The rows of sampling calls in fixed memory: what a row keeps from one call to the next is not
+    written again. ``num_words``: W of the masks."""
+
+    def __init__(self, max_rows: int, num_words: int) -> None:
+        self._all = SampleRows(
+            temperature_B=torch.zeros(max_rows),
+            top_k_B=torch.zeros(max_rows, dtype=torch.int32),
+            top_p_B=torch.ones(max_rows),
+            seed_B=torch.zeros(max_rows, dtype=torch.int64),
+            position_B=torch.zeros(max_rows, dtype=torch.int64),
+            allowed_BW=torch.zeros(max_rows, num_words, dtype=torch.int32),
+        )
+        self._position_B: NDArray[np.int64] = self._all.position_B.numpy()
+        self._params: list[SamplingParams | None] = [None] * max_rows
+        self._seeds = [0] * max_rows
+        self._masks: list[Tensor | None] = [None] * max_rows
+        self._views: dict[int, SampleRows] = {}
+
+    def fill(self, requests: Sequence[SampleRequest]) -> SampleRows:
+        """The rows of one sampling call, in order; valid until the next one."""
+        rows = self._all
+        params_at, seeds, masks = self._params, self._seeds, self._masks
+        for row, (params, seed, _, allowed) in enumerate(requests):
+            if params_at[row] is not params:
+                params_at[row] = params
+                rows.temperature_B[row] = params.temperature
+                rows.top_k_B[row] = params.top_k
+                rows.top_p_B[row] = params.top_p
+            if seeds[row] != seed:
+                seeds[row] = seed
+                rows.seed_B[row] = _signed(seed)
+            if masks[row] is not allowed:
+                masks[row] = allowed
+                assert rows.allowed_BW is not None  # made above
+                rows.allowed_BW[row] = allowed
+        count = len(requests)
+        self._position_B[:count] = [one.position for one in requests]
+        view = self._views.get(count)
+        if view is None:
+            view = self._views[count] = _first(rows, count)
+        return view
+
+
+def _first(rows: SampleRows, count: int) -> SampleRows:
+    allowed_BW = rows.allowed_BW
+    return SampleRows(
+        rows.temperature_B[:count],
+        rows.top_k_B[:count],
+        rows.top_p_B[:count],
+        rows.seed_B[:count],
+        rows.position_B[:count],
+        None if allowed_BW is None else allowed_BW[:count],
+    )
+
+
+def _signed(seed: int) -> int:
+    """The seed's 64 bits as the kernel takes them."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 def sample_rows(requests: Sequence[SampleRequest]) -> SampleRows:
     """The rows of one sampling call, in order."""
     params = [one.params for one in requests]
-    # The kernel takes the seed's 64 bits as a signed number.
-    seeds = [one.seed - 2**64 if one.seed >= 2**63 else one.seed for one in requests]
+    seeds = [_signed(one.seed) for one in requests]
     return SampleRows(
         temperature_B=torch.tensor([one.temperature for one in params], dtype=torch.float32),
         top_k_B=torch.tensor([one.top_k for one in params], dtype=torch.int32),

@@ -98,6 +98,10 @@ class Backbone:
         token_ids = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
         return EmbeddedSegments(x_TD, token_ids, tuple(blocks))
 
+    def embed_ids(self, ids_T: Tensor) -> Tensor:
+        """Embeddings [T, D] of token ids, int64 [T]: those of ``embed([Tokens(ids)])``."""
+        return embed(ids_T, self._embed_table, self._embed_norm, self.config.text.rms_eps)
+
     def step(self, x_TD: Tensor, batch: StepBatch, kv: KvStore) -> Tensor:
         """All layers over a ragged step; see ``Decoder.step``."""
         return self.decoder.step(x_TD, batch, kv)

@@ -3,7 +3,7 @@
 Legend: B sequences of the step, T tokens of the step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -80,6 +80,24 @@ class StepBatch:
         self._np_cu_tokens[self.num_seqs] = last
         self._views = None
         return visible_end_T
+
+    def fill_single(self, slots: Sequence[int], positions: Sequence[int]) -> None:
+        """Replace the batch by one token of each sequence in ``slots``, at ``positions``.
+
+        Raises InvalidArgument for more sequences than the batch holds.
+        """
+        count = len(slots)
+        if count > self._max_seqs:
+            raise InvalidArgument(
+                f"StepBatch.fill_single: the batch holds {self._max_seqs} sequences, got {count}"
+            )
+        self._np_slots[:count] = slots
+        self._np_start_pos[:count] = positions
+        self._np_visible_end[:count] = self._np_start_pos[:count]
+        if self.num_seqs != count or self.num_tokens != count:
+            self._np_cu_tokens[: count + 1] = np.arange(count + 1)
+            self.num_seqs = self.num_tokens = count
+            self._views = None
 
     @property
     def cu_tokens(self) -> Tensor:

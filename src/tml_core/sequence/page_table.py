@@ -102,6 +102,11 @@ class PageTable:
         if growth is not None and growth.shared_page is not None:
             self.pool.release(np.array([growth.shared_id], np.int32))
 
+    def trim(self, end: int) -> None:
+        """Give back the last pages from ``end`` on, which nothing was written to."""
+        if end < self.end:
+            self._truncate(end)
+
     def drop_before(self, page: int) -> None:
         """Drop the pages [floor, page); those a pin needs are kept aside for `rewind`."""
         page = min(page, self.end)

@@ -218,9 +218,10 @@ class Sequence:
 
     def commit(self, records: Records) -> None:
         """Make the reserved positions part of the sequence, with these log records. Pages of
-        sliding layers that no later position can see are dropped."""
+        sliding layers that no later position can see are dropped. Fewer records than were reserved
+        give the rest back."""
         slot = self.slot
-        if not slot.is_growing or len(records) != self._num_reserved:
+        if not slot.is_growing or not 1 <= len(records) <= self._num_reserved:
             raise InvalidArgument(
                 f"commit: expected {self._num_reserved} reserved positions, got {len(records)}"
             )
@@ -228,6 +229,9 @@ class Sequence:
         slot.global_.accept_growth()
         slot.sliding.accept_growth()
         slot.tip += len(records)
+        if len(records) < self._num_reserved:
+            slot.global_.trim(pages_for(slot.tip))
+            slot.sliding.trim(pages_for(slot.tip))
         slot.is_growing = False
         self._num_reserved = 0
         first_seen = slot.tip - self.store.kv.config.window + 1

@@ -1,5 +1,6 @@
 """What a sequence is made of, position by position: for transcripts, and for the state hash."""
 
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tml_core.contract import PAGE_LEN
 
-__all__ = ["AUDIO_ID", "IMAGE_ID", "RECORD", "Records", "TokenLog", "records"]
+__all__ = ["AUDIO_ID", "IMAGE_ID", "RECORD", "Records", "TokenLog", "records", "text_records"]
 
 # Stand in the log where there is no text token.
 AUDIO_ID: Final = -1
@@ -36,6 +37,13 @@ def records(token_ids_T: NDArray[np.int64], reach_T: NDArray[np.int64], x_TH: Te
         rows = x_TH.contiguous().view(torch.uint8).numpy()
         digests = b"".join(blake2b(rows[i].data, digest_size=8).digest() for i in media.tolist())
         out["digest"][media] = np.frombuffer(digests, "<u8")
+    return out
+
+
+def text_records(token_ids: Sequence[int]) -> Records:
+    """Log records of text tokens outside blocks."""
+    out = np.zeros(len(token_ids), RECORD)
+    out["token_id"] = token_ids
     return out
 
 

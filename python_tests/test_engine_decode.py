@@ -1,0 +1,176 @@
+"""Steps of single tokens: they share fixed memory, keep their books late, and recover exactly."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from session_kit import (
+    END_OUT,
+    SILENCE,
+    WAIT_S,
+    assert_nothing_left,
+    engine_threads,
+    nano,
+    noise,
+    scripted,
+)
+from tml_core import Engine, Model, Retention, SamplingParams, Session, errors, load_model
+from tml_core.contract import PAGE_LEN
+from tml_core.engine.sampler import RowBuffers, SampleRequest, sample_rows
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks() -> Iterator[None]:
+    yield
+    assert engine_threads() == []
+    assert_nothing_left()
+
+
+def lives(engine: Engine, num_sessions: int, num_ticks: int) -> list[tuple[Any, ...]]:
+    """What sessions say and where they stand, living at the same time."""
+    sessions = [engine.open(seed=i, retention=Retention(256)) for i in range(num_sessions)]
+    found: list[list[tuple[int, ...]]] = [[] for _ in sessions]
+    for tick in range(num_ticks):
+        turns = [one.append(noise(100 * i + tick)) for i, one in enumerate(sessions)]
+        for ids, turn in zip(found, turns, strict=True):
+            ids.append(turn.result(WAIT_S).done.token_ids)
+    stands = [(ids, one.info()) for ids, one in zip(found, sessions, strict=True)]
+    for one in sessions:
+        one.close()
+    return stands
+
+
+@pytest.mark.parametrize("fails_in", [2, 3, 5, 9, 14])
+def test_a_step_that_fails_once_changes_nothing(
+    fails_in: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(nano()) as engine:
+        expected = lives(engine, 3, 3)
+        step, calls = nano().backbone.step, []
+
+        def failing(x_TD: Any, batch: Any, kv: Any) -> Any:
+            calls.append(batch.num_seqs)
+            h_TD = step(x_TD, batch, kv)
+            if len(calls) == fails_in:
+                # All is written, and more than that.
+                for slot in batch.slots.tolist():
+                    kv.conv_rows[slot].fill_(float("nan"))
+                raise RuntimeError("the step failed")
+            return h_TD
+
+        monkeypatch.setattr(nano().backbone, "step", failing)
+        assert lives(engine, 3, 3) == expected
+        assert len(calls) > fails_in
+        assert engine.stats().turns["failed"] == 0
+
+
+def test_a_row_that_cannot_be_sampled_ends_only_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(nano()) as engine:
+        expected = lives(engine, 3, 2)
+        sample = nano().backbone.sample
+
+        def picky(h_BD: Any, rows: Any) -> Any:
+            if 1 in rows.seed_B.tolist():
+                raise RuntimeError("seed 1 is unlucky")
+            return sample(h_BD, rows)
+
+        monkeypatch.setattr(nano().backbone, "sample", picky)
+        sessions = [engine.open(seed=i, retention=Retention(256)) for i in range(3)]
+        for tick in range(2):
+            turns = [one.append(noise(100 * i + tick)) for i, one in enumerate(sessions)]
+            with pytest.raises(RuntimeError, match="seed 1 is unlucky"):
+                turns[1].result(WAIT_S)
+            for i in (0, 2):
+                assert turns[i].result(WAIT_S).done.token_ids == expected[i][0][tick]
+        assert sessions[1].info().position == 0
+        assert [sessions[i].info().state_hash for i in (0, 2)] == [
+            expected[i][1].state_hash for i in (0, 2)
+        ]
+
+
+@pytest.mark.parametrize("keep", ["none", "input"])
+@pytest.mark.parametrize("first", range(0, PAGE_LEN, 37))
+def test_cancels_on_either_side_of_a_page(first: int, keep: Any) -> None:
+    with Session(nano(), seed=2, system="a" * (first + 1)) as session:
+        base = nano().store.sliding_pool.free_pages
+        for draw in range(0, 7, 3):
+            before = session.info()
+            with scripted([104] * 7 + [END_OUT], held=True) as script:
+                turn = session.append(noise(0))
+                for _ in range(draw):
+                    script.reach()
+                    script.step()
+                script.reach()
+                turn.cancel(keep, wait=False)
+                script.step()
+                turn.result(WAIT_S)
+            after = session.info()
+            if keep == "none":
+                assert (after.position, after.state_hash) == (before.position, before.state_hash)
+            else:
+                # What was closed stands in the sequence, and goes through the model with the next.
+                assert after.position == before.position + 7
+                assert session.token_ids()[-1] == END_OUT
+            nano().store.audit()
+        if keep == "none":
+            assert nano().store.sliding_pool.free_pages == base
+
+
+def test_without_a_page_only_the_turn_that_needs_one_fails() -> None:
+    model = load_model("nano", max_sequences=2, max_positions=1024)
+    with Engine(model) as engine:
+        with engine.open() as probe:
+            used = probe.append(noise(0)).result(WAIT_S).stats.num_input_tokens
+        # One stands so that its output crosses the page; the other has room.
+        system = "a" * (PAGE_LEN - used - 2)
+        with engine.open(system=system) as crossing, engine.open(system="b") as other:
+            pool = model.store.global_pool
+            spare = pool.alloc(pool.free_pages)
+            try:
+                with pytest.MonkeyPatch.context() as patch:
+                    tokens = torch.tensor([104, 104]), torch.zeros(2)
+                    patch.setattr(
+                        model.backbone,
+                        "sample",
+                        lambda h_BD, _: (tokens[0][: len(h_BD)], tokens[1][: len(h_BD)]),
+                    )
+                    turns = [crossing.append(noise(0)), other.append(noise(1))]
+                    with pytest.raises(errors.PoolExhausted, match="global pages: appending"):
+                        turns[0].result(WAIT_S)
+                    assert len(turns[1].result(WAIT_S).done.token_ids) == 9
+            finally:
+                pool.release(spare)
+            assert crossing.info().position == len(system)
+            crossing.append(noise(0)).result(WAIT_S)
+            model.store.audit()
+
+
+def test_buffers_hold_what_single_rows_would() -> None:
+    vocab = nano().vocab_size
+    masks = [torch.full((-(-vocab // 32),), one, dtype=torch.int32) for one in (-1, 7, 12)]
+    kinds = [SamplingParams(), SamplingParams(0.5, 3, 0.9), SamplingParams(temperature=0)]
+    buffers = RowBuffers(4, len(masks[0]))
+    random = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        count = int(torch.randint(1, 5, (), generator=random))
+        picks = torch.randint(0, 3, (count, 3), generator=random).tolist()
+        requests = [
+            SampleRequest(kinds[a], (0, 5, 2**64 - 3)[b], 17 * a + b, masks[c]) for a, b, c in picks
+        ]
+        found, expected = buffers.fill(requests), sample_rows(requests)
+        for name in vars(expected):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def test_the_last_words_of_a_turn_count_before_it_is_seen_to_end() -> None:
+    model: Model = nano()
+    with Engine(model) as engine, engine.open() as session:
+        with scripted([104, 105, END_OUT, SILENCE]):
+            turn = session.append(noise(0))
+            stats = turn.result(WAIT_S).stats
+            # Tick, four frames, out, two words; what closed them waits for the next input.
+            assert stats.position == session.info().position - 1 == 8
+            assert session.append(noise(1)).result(WAIT_S).stats.num_input_tokens == 7
+        assert engine.stats().step_tokens == 6 + 2 + 7
