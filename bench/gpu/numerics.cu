@@ -33,7 +33,7 @@ struct Probe {
   float* d;
 };
 
-enum class Form { kChained, kWaited, kZeroScale, kFromRegisters, kMmaSync, kSwapped };
+enum class Form { kChained, kWaited, kZeroScale, kFromRegisters, kMmaSync, kSwapped, kCoreTiles };
 
 #if defined(__CUDACC__)
 // A from registers, N = 8.
@@ -61,6 +61,13 @@ TML_DEVICE void load_tile(unsigned char* tile, const std::uint16_t* m, int num_r
         *reinterpret_cast<const uint4*>(m + i / 8 * kDepth + k + i % 8 * 8);
 }
 
+// The same as core tiles, as packed weights lie.
+TML_DEVICE void load_core_tiles(unsigned char* tile, const std::uint16_t* m, int k) {
+  for (int i = static_cast<int>(threadIdx.x); i < 64 * 8; i += 128)
+    *reinterpret_cast<uint4*>(tile + 2 * weight_offset(i / 8, i % 8 * 8, 1)) =
+        *reinterpret_cast<const uint4*>(m + i / 8 * kDepth + k + i % 8 * 8);
+}
+
 // One block of a warpgroup a trial. kN: columns of b taken together; the others loop.
 template <int kN, Form kForm>
 TML_KERNEL(128, 1)
@@ -84,7 +91,10 @@ probe_kernel(const TML_GRID_CONSTANT Probe p) {
     for (int i = 0; i < kN / 2; ++i) d[i] = c[at(i)];
     for (int k = 0; k < kDepth; k += 64) {
       __syncthreads();
-      load_tile(left, kIsSwapped ? b + column * kDepth : a, 64, k);
+      if constexpr (kForm == Form::kCoreTiles)
+        load_core_tiles(left, a, k);
+      else
+        load_tile(left, kIsSwapped ? b + column * kDepth : a, 64, k);
       load_tile(right, kIsSwapped ? a : b + column * kDepth, kN, k);
       proxy_fence();
       __syncthreads();
@@ -116,7 +126,9 @@ probe_kernel(const TML_GRID_CONSTANT Probe p) {
         } else {
           // kZeroScale: the first step does not read d (only where c is zero is that the same).
           const int accumulate = kForm == Form::kZeroScale && (k | step) == 0 ? 0 : 1;
-          Wgmma<kN>::mma(d, token_descriptor(la, step), token_descriptor(ra, step), accumulate);
+          const std::uint64_t lhs =
+              kForm == Form::kCoreTiles ? weight_descriptor(la, step) : token_descriptor(la, step);
+          Wgmma<kN>::mma(d, lhs, token_descriptor(ra, step), accumulate);
           if constexpr (kForm == Form::kWaited) {
             wgmma_commit();
             wgmma_hold(d);
@@ -348,6 +360,7 @@ int run_all(int trials) {
     if (!data.has_c)
       against("wgmma n8, first step without d", run<8, Form::kZeroScale>(data, trials));
     against("wgmma n8, a from registers", run<8, Form::kFromRegisters>(data, trials));
+    against("wgmma n8, a as core tiles", run<8, Form::kCoreTiles>(data, trials));
     against("mma.sync m16n8k16", run<8, Form::kMmaSync>(data, trials));
     against("wgmma n64, operands swapped", run<64, Form::kSwapped>(data, trials));
     bases.push_back(base);
