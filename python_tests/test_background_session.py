@@ -414,7 +414,8 @@ def test_the_model_may_call_tools_itself_and_others_stay_the_applications(
         assert '{"call_id":"call-1","content":"mine","name":"theirs"}' in words_in(session)
 
 
-def test_a_rewind_undoes_the_call_and_its_job(session: Session) -> None:
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_rewind_undoes_the_call_and_its_job(session: Session, is_running: bool) -> None:
     gate = Gate()
     with BackgroundRunner(gate, policy=POLICY) as runner:
         session.attach(runner)
@@ -422,14 +423,24 @@ def test_a_rewind_undoes_the_call_and_its_job(session: Session) -> None:
         spell(session, call_ids("background", request="tea"))
         gate.reach()
         (job,) = runner.jobs
+        if not is_running:
+            gate.open()
+            until_idle(runner)
+            assert job.delivery == "waiting"
         session.rewind(mark)
         quietly(session, 1)
-        # The job has no result yet, so its call is looked for when it has.
+        if is_running:
+            assert job.result(WAIT_S) == Cancelled("its call was undone")
+        else:
+            assert job.delivery == "dropped"
+        # The same call once more is another job.
+        spell(session, call_ids("background", request="coffee"))
+        until_idle(runner) if not is_running else gate.reach()
         gate.open()
         until_idle(runner)
         quietly(session, 5)
-        assert job.delivery == "dropped"
-        assert "through the gate" not in words_in(session)
+        assert words_in(session).count("through the gate") == 1
+        assert runner.jobs[-1].request == "coffee"
 
 
 def test_a_rewind_lets_a_result_enter_again(session: Session) -> None:

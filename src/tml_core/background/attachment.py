@@ -93,6 +93,7 @@ class Attachment:
         self._lock = threading.Lock()  # inside the seat's lock, never around it
         self._outbox = Outbox(policy, lambda entry: recheck(self, entry))
         self._streams: dict[Job, _Stream] = {}  # of jobs that run; the runner's loop's own
+        self._calls: dict[str, Job] = {}  # of jobs that run, by the call they answer
         self._tick = 0
         self._frames: deque[Frame] = deque(maxlen=_NUM_FRAMES)
         self._results: deque[tuple[int, ToolResult]] = deque(maxlen=_NUM_RESULTS)
@@ -107,6 +108,7 @@ class Attachment:
                 return ()
             tick = self._tick = state.tick
             undone = self._outbox.drop_undone(state.knows)
+            undone += [one for call_id, one in self._calls.items() if not state.knows(call_id)]
             self._outbox.undo(tick, seat.waiting_items)
             while self._results and self._results[-1][0] >= tick:
                 self._results.pop()
@@ -164,10 +166,19 @@ class Attachment:
         seen = [one for one in results if one[0] >= first]
         return ContextPackage.from_records(request, records, seen, frames, session)
 
+    def begin(self, job: Job) -> None:
+        """A job that answers a call runs; if the call is undone it is cancelled."""
+        if job.call_id is not None:
+            with self._lock:
+                self._calls[job.call_id] = job
+
     def deliver(self, job: Job, outcome: Outcome, seen_tick: int, name: str | None) -> None:
         """Let the outcome of a job wait for its moment. ``name``: of the tool, for a job the model
         did not ask for. What was cancelled is not delivered."""
         stream = self._streams.pop(job, None)
+        with self._lock:
+            if job.call_id is not None and self._calls.get(job.call_id) is job:
+                del self._calls[job.call_id]
         if isinstance(outcome, Cancelled):
             if stream is not None:
                 self.drop(stream.entry)

@@ -339,6 +339,8 @@ class BackgroundRunner:
             )
             seen_tick = -1 if attachment is None else attachment.tick
             self._running[job] = _Origin(attachment, seen_tick, is_delegated=True)
+            if attachment is not None:
+                attachment.begin(job)
             if not self._loop.start_job(job):
                 del self._running[job]
                 raise SessionClosed("submit: the runner is closed")
@@ -526,6 +528,7 @@ class BackgroundRunner:
             if num_small >= _MAX_SMALL or attachment.is_closed:
                 return
             self._running[job] = _Origin(attachment, attachment.tick, is_delegated=False)
+            attachment.begin(job)
             if not self._loop.start_work(job, lambda: work(job)):
                 del self._running[job]
 
