@@ -1,23 +1,25 @@
 """Our engine on shape S: the model, one sequence, greedy sampling, as a session drives them."""
 
+import time
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from peers.engine import TurnTime, real_context, timed_turn
+from peers.engine import NUM_DECODED, TurnTime, real_context
 from shape_s import TEXT_CONFIG, config, random_ids, weights
 from tml_core.contract import PAGE_LEN
 from tml_core.engine.model import Model
-from tml_core.engine.sampler import SampleRequest, SamplingParams, sample_rows
+from tml_core.engine.sampler import RowBuffers, SampleRequest, SamplingParams
 from tml_core.media.segments import Tokens
 from tml_core.model.backbone import Backbone
 from tml_core.model.config import ModelConfig
 from tml_core.model.kv_store import KvStore
+from tml_core.model.step_batch import StepBatch
 from tml_core.ops.lm_head import pack_allowed
 from tml_core.sequence.sequence import Sequence
 from tml_core.sequence.store import SequenceStore
-from tml_core.sequence.token_log import records
+from tml_core.sequence.token_log import records, text_records
 
 __all__ = ["TmlEngine", "make_model", "shape_s_model"]
 
@@ -58,7 +60,8 @@ def shape_s_model() -> Model:
 
 
 class TmlEngine:
-    """One sequence of a model."""
+    """One sequence of a model, driven as the engine's thread drives it: input by the runner, then
+    single tokens in fixed memory, which enter the sequence together."""
 
     name = "tml_core"
 
@@ -66,6 +69,9 @@ class TmlEngine:
         self.model = model
         self.sequence = model.new_sequence() if sequence is None else sequence
         self._allowed = pack_allowed(torch.ones(1, model.vocab_size, dtype=torch.bool))[0]
+        self._samples = RowBuffers(1, len(self._allowed))
+        self._rows = StepBatch(1, 1)
+        self._ids_1 = torch.zeros(1, dtype=torch.int64)
 
     @property
     def context_len(self) -> int:
@@ -80,11 +86,22 @@ class TmlEngine:
             self.sequence.commit(records(ids.numpy(), torch.zeros_like(ids).numpy(), ids))
 
     def turn(self, ids: Tensor) -> TurnTime:
-        return timed_turn(ids, self._step)
-
-    def _step(self, ids: Tensor) -> Tensor:
-        sequence = self.sequence
+        sequence, backbone, kv = self.sequence, self.model.backbone, self.model.store.kv
+        start = time.perf_counter()
         (h_TD,) = self.model.runner.run([self.model.prepare(sequence, [Tokens(ids)])])
-        request = SampleRequest(_GREEDY, sequence.seed, sequence.tip, self._allowed)
-        tokens, _ = self.model.backbone.sample(h_TD[-1:], sample_rows([request]))
-        return tokens
+        tokens = [self._choose(h_TD[-1:], sequence.tip)]
+        middle = time.perf_counter()
+        tip, slot = sequence.tip, sequence.slot.index
+        sequence.reserve(NUM_DECODED)
+        for position in range(tip, tip + NUM_DECODED):
+            self._rows.fill_single((slot,), (position,))
+            self._ids_1[0] = tokens[-1]
+            h_1D = backbone.step(backbone.embed_ids(self._ids_1), self._rows, kv)
+            tokens.append(self._choose(h_1D, position + 1))
+        sequence.commit(text_records(tokens[:-1]))
+        return TurnTime(middle - start, time.perf_counter() - middle, tokens)
+
+    def _choose(self, h_1D: Tensor, position: int) -> int:
+        request = SampleRequest(_GREEDY, self.sequence.seed, position, self._allowed)
+        tokens, _ = self.model.backbone.sample(h_1D, self._samples.fill([request]))
+        return int(tokens)
