@@ -4,7 +4,7 @@ BIN = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | grep -v dlpack.h)
 
-.PHONY: help setup check format stubs test test-cpp bench sanitize wheel clean
+.PHONY: help setup check format stubs test test-cpp bench sanitize gpu-check gpu-bench wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,8 @@ help:
 	@echo "make test-cpp   the C++ test executable (also for gdb, valgrind, perf)"
 	@echo "make bench      the benchmarks; BENCH_JSON=1 also writes bench/results/"
 	@echo "make sanitize   kernel and sequence tests under AddressSanitizer and UBSan"
+	@echo "make gpu-check  build for sm_90a, ask the device its numerics, run every GPU test"
+	@echo "make gpu-bench  build for sm_90a and measure beside torch; bench/results/gpu-*.json"
 	@echo "make stubs      write src/tml_core/_ext.pyi from the installed module"
 	@echo "make format     ruff format and clang-format, in place"
 	@echo "make wheel      dist/tml_core-*.whl"
@@ -59,6 +61,9 @@ bench:
 
 sanitize:
 	PY=$(PY) bash scripts/sanitize.sh
+
+gpu-check gpu-bench:
+	PY=$(PY) bash scripts/gpu.sh $(@:gpu-%=%)
 
 wheel:
 	$(PY) -m pip wheel --no-deps -w dist .
