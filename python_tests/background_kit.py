@@ -1,16 +1,23 @@
 """What the background tests share: small backends, ticks to feed, and what must not be left."""
 
 import asyncio
+import functools
+import json
+import shutil
+import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from session_kit import CALL, END_CALL, SILENCE, nano
-from tml_core import Chunk, Session
+from tml_core import Chunk, Model, Session, load_model
 from tml_core.background import Final, JobContext, Partial, Progress
 from tml_core.layout.chunk import compact_json
+from tml_core.layout.select import layout_for
+from tml_core.model import bundled_path
 
 Updates = AsyncGenerator[Progress | Partial | Final, None]
 
@@ -102,11 +109,20 @@ def silent(num_ticks: int) -> list[int]:
 
 
 def _layout() -> Any:
-    from tml_core.layout.select import layout_for
-
     return layout_for(nano().config, nano().tokenizer)
 
 
 def background_threads() -> list[threading.Thread]:
     """Runners' threads that are alive."""
     return [one for one in threading.enumerate() if one.name == "tml-background"]
+
+
+@functools.cache
+def plain() -> Model:
+    """Nano without its interaction block: a plain Inkling checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = json.loads((bundled_path("nano") / "config.json").read_text())
+        del config["interaction"]
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        shutil.copy(bundled_path("nano") / "tokenizer.json", folder)
+        return load_model(folder, max_sequences=4)

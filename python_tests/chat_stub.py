@@ -5,11 +5,9 @@ It speaks HTTP/1.1 with server-sent events on a local port, in a thread of its o
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
-
-Answer = Callable[[dict[str, Any]], Iterator["dict[str, Any] | str | int"]]
 
 
 def text(*pieces: str, finish: str | None = "stop") -> list[dict[str, Any]]:
@@ -31,13 +29,14 @@ def calls(*wanted: tuple[str, str], cut: int = 7) -> list[dict[str, Any]]:
 
 
 class ChatStub:
-    """Answers request i with ``answers[i]``, the last one again and again.
+    """Answers request i with ``answers[i]``, the last one again and again; or with what a function
+    gives for the request.
 
     An answer is a list: chunks; an int is an HTTP status that ends it; "hang" waits until the stub
     is closed; "cut" drops the connection.
     """
 
-    def __init__(self, *answers: list[Any]) -> None:
+    def __init__(self, *answers: list[Any] | Callable[[dict[str, Any]], list[Any]]) -> None:
         self.requests: list[dict[str, Any]] = []
         self._answers = answers
         self._closed = threading.Event()
@@ -69,8 +68,9 @@ class ChatStub:
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers["Content-Length"]))
-        answer = self._answers[min(len(self.requests), len(self._answers) - 1)]
+        chosen = self._answers[min(len(self.requests), len(self._answers) - 1)]
         self.requests.append(json.loads(body))
+        answer = chosen(self.requests[-1]) if callable(chosen) else chosen
         handler.close_connection = True
         if answer and isinstance(answer[0], int):
             handler.send_response(answer[0])

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gc
 import io
+import queue
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from tml_core.background import (
     Failed,
     Final,
     Frame,
+    Job,
     OpenAIBackend,
     Partial,
     TextItem,
@@ -157,16 +159,17 @@ def test_steering_goes_into_the_next_request() -> None:
 
 
 def test_what_comes_during_the_last_answer_makes_one_more_round() -> None:
-    with (
-        ChatStub(text("3 feet"), text("1 m")) as stub,
-        BackgroundRunner(backend(stub)) as runner,
-    ):
+    jobs: queue.Queue[Job] = queue.Queue()
+
+    def answer(request: dict[str, Any]) -> list[Any]:
+        if len(request["messages"]) > 2:
+            return text("1 m")
+        assert jobs.get(timeout=WAIT_S).steer("in metres")
+        return text("3 feet")
+
+    with ChatStub(answer) as stub, BackgroundRunner(backend(stub)) as runner:
         job = runner.submit("how far")
-        for update in job:
-            if update == Partial("3 feet"):
-                assert job.steer("in metres")
-                break
-        # Either it was in time, or it was told that it was not.
+        jobs.put(job)
         assert job.result(WAIT_S) == Final("1 m")
         assert [one["content"] for one in stub.requests[1]["messages"][-2:]] == [
             "3 feet",

@@ -3,23 +3,18 @@
 The models are untrained: a scripted sampler says what they are to say.
 """
 
-import functools
 import gc
-import json
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from background_kit import QUIET, WAIT_S, background_threads, call_ids, feed, silent
+from background_kit import QUIET, WAIT_S, background_threads, call_ids, feed, plain, silent
 from session_kit import END_OUT, SILENCE, assert_nothing_left, nano, scripted
-from tml_core import Chunk, Model, Session, Unsupported, load_model
+from tml_core import Chunk, Session, Unsupported
 from tml_core.background import (
     BackgroundRunner,
     Cancelled,
@@ -31,20 +26,8 @@ from tml_core.background import (
     ToolOutput,
 )
 from tml_core.layout.chunk import compact_json
-from tml_core.model import bundled_path
 
 TEXT, CALL, END, STOP, MODEL = 261, 267, 270, 271, 258
-
-
-@functools.cache
-def plain() -> Model:
-    """Nano without its interaction block: a plain Inkling checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = json.loads((bundled_path("nano") / "config.json").read_text())
-        del config["interaction"]
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        shutil.copy(bundled_path("nano") / "tokenizer.json", folder)
-        return load_model(folder, max_sequences=4)
 
 
 @pytest.fixture(autouse=True)
