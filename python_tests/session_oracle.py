@@ -12,8 +12,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-TICK, OUT, END_OUT = 274, 275, 276
+TICK, OUT, END_OUT, SILENCE = 274, 275, 276, 277
 PAGE: Final = 128
+TICK_MS: Final = 200
+MAX_UNHEARD: Final = 50
 HOP: Final = 800
 
 Ids = NDArray[np.int64]
@@ -148,6 +150,17 @@ class Input:
     text: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
+@dataclass(frozen=True)
+class RecentOracle:
+    """A tick whose output may turn out not to have been heard. Of one in which something was said
+    also ``after_input``, the state there, and the sliding pages it takes to come back to it."""
+
+    tick: int
+    given: Input
+    after_input: State | None = None
+    pin: tuple[int, int] | None = None
+
+
 class SessionOracle:
     """One session; see the module. ``retention``: (window, pinned prefix) positions."""
 
@@ -168,14 +181,15 @@ class SessionOracle:
         self.tip = 0  # positions run through the model, within a turn too
         self.epoch = 0
         self.marks: list[MarkOracle] = []
+        self.recent: list[RecentOracle] = []
         self.boundaries: list[int] = []
         self.num_trimmed = 0
 
     # Turns.
 
-    def turn(self, given: Input, output: Ids, num_drawn: int) -> None:
+    def turn(self, given: Input, output: Ids, num_drawn: int, *, has_said: bool = False) -> None:
         """A turn that stands: ``output`` is its half, of which ``num_drawn`` ids were sampled and
-        all but the last of those run through the model."""
+        all but the last of those run through the model. ``has_said``: there was text in it."""
         self._note_boundary()
         before = self.state
         frames = (before.num_samples % HOP + given.num_samples) // HOP
@@ -183,6 +197,14 @@ class SessionOracle:
         half = [[TICK], [-1] * frames, queue[: self.injected], [OUT]]
         entered = np.concatenate((before.ids, *(np.array(one, np.int64) for one in half)))
         self._advance(len(entered))
+        num_samples = before.num_samples + given.num_samples
+        rest = queue[self.injected :]
+        if has_said:
+            after_input = State(entered, 0, before.tick, num_samples, rest)
+            pin = (self.sliding.floor, self.sliding.end)
+            self.recent.append(RecentOracle(before.tick, given, after_input, pin))
+        elif self.recent:
+            self.recent.append(RecentOracle(before.tick, given))
         num_fed = max(0, num_drawn - 1)
         for i in range(num_fed):
             self._advance(len(entered) + i + 1)
@@ -190,9 +212,12 @@ class SessionOracle:
             ids=np.concatenate((entered, output)),
             num_unsent=len(output) - num_fed,
             tick=before.tick + 1,
-            num_samples=before.num_samples + given.num_samples,
-            waiting=queue[self.injected :],
+            num_samples=num_samples,
+            waiting=rest,
         )
+        while len(self.recent) > MAX_UNHEARD or (self.recent and self.recent[0].pin is None):
+            del self.recent[0]
+        self._sweep()
 
     def cancelled_turn(self, given: Input) -> None:
         """A turn that was cancelled and keeps its input, wherever the cancel found it."""
@@ -242,6 +267,40 @@ class SessionOracle:
         self.num_trimmed += num_stale
         self._sweep()
 
+    def truncate(self, heard_ms: float) -> int | None:
+        """Close the first output that was not heard, silence all later ones; the tick it was in.
+        For sessions without retention."""
+        unheard = (one for one in self.recent if one.pin and one.tick * TICK_MS >= heard_ms)
+        first = next(unheard, None)
+        if first is None:
+            return None
+        assert first.after_input is not None and first.pin is not None
+        later = [one.given for one in self.recent if one.tick > first.tick]
+        self.recent = [one for one in self.recent if one.tick < first.tick]
+        state = first.after_input
+        self.tip = state.tip
+        self.global_.cut(pages_for(self.tip), self.global_.floor)
+        self.sliding.floor, self.sliding.end = first.pin
+        # Marks made since lie on a path that was left.
+        for mark in self.marks:
+            if mark.state.tick > first.tick:
+                mark.pin = None
+        self.marks = [one for one in self.marks if one.pin is not None]
+        ids = np.concatenate((state.ids, np.array([END_OUT], np.int64)))
+        self.state = State(ids, 1, first.tick + 1, state.num_samples, state.waiting)
+        self.epoch += 1
+        if self.recent:
+            self.recent.append(RecentOracle(first.tick, first.given))
+        self._sweep()
+        for given in later:
+            self.turn(given, np.array([SILENCE], np.int64), 0)
+        return first.tick
+
+    def forget_recent(self) -> None:
+        """All that was said counts as heard."""
+        self.recent = []
+        self._sweep()
+
     # Moving.
 
     def mark(self, state_hash: str) -> MarkOracle:
@@ -273,6 +332,7 @@ class SessionOracle:
         del self.marks[index + 1 :]
         self.state = mark.state
         self.tip = mark.state.tip
+        self.recent = [one for one in self.recent if one.tick < mark.state.tick]
         self.global_.cut(pages_for(self.tip), mark.global_floor)
         self.sliding.floor = mark.pin[0]
         self.sliding.end = mark.pin[1]
@@ -310,7 +370,7 @@ class SessionOracle:
         self.sliding.close()
         for mark in self.marks:
             mark.pin = None
-        self.marks = []
+        self.marks, self.recent = [], []
 
     def _like(self) -> "SessionOracle":
         other = SessionOracle(
@@ -325,13 +385,19 @@ class SessionOracle:
 
     def _sweep(self) -> None:
         self.global_.sweep([])
-        self.sliding.sweep([one.pin for one in self.marks if one.pin is not None])
+        points = (*self.marks, *self.recent)
+        self.sliding.sweep([one.pin for one in points if one.pin is not None])
 
     # Looking.
 
     @property
     def num_pages(self) -> int:
         return self.global_.num_in_row + self.sliding.num_in_row
+
+    @property
+    def num_marks(self) -> int:
+        """Points to come back to, the user's and those of what was said of late."""
+        return len(self.marks) + sum(one.pin is not None for one in self.recent)
 
     @property
     def evicted(self) -> tuple[int, int] | None:

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from faults_kit import INJECTED, MAX_POSITIONS, NUM_SLOTS, WAIT_S, WINDOW, load_tiny, standing_still
 from session_oracle import Input, MarkOracle, Pool, SessionOracle
-from tml_core import Chunk, Engine, Model, Retention, Session, SessionMark, Turn, errors
+from tml_core import (
+    Chunk,
+    Engine,
+    Model,
+    Retention,
+    Session,
+    SessionMark,
+    TextToken,
+    Turn,
+    TurnResult,
+    errors,
+)
 
 MAX_LIVES: Final = NUM_SLOTS - 1  # one slot is for replays
 # Room for what one more turn may bring.
@@ -31,12 +42,14 @@ WEIGHTS: Final = {
     "quiet_turn": 3,
     "cancel_queued": 6,
     "cancel_midway": 9,
+    "truncate": 2,
     "mark": 9,
     "rewind": 7,
     "drop_mark": 4,
     "fork": 5,
     "fork_at_mark": 3,
     "move": 2,
+    "park": 2,
     "open": 4,
     "close": 3,
     "refusals": 3,
@@ -151,10 +164,15 @@ class World:
             given.append((life, number, life.session.append(chunk(number)[0], **tip)))
         for life, number, turn in given:
             result = turn.result(WAIT_S)
-            output = np.array(result.done.token_ids, np.int64)
-            life.oracle.turn(chunk(number)[1], output, result.stats.num_output_tokens)
-            life.turns.append(Done(number, ""))
+            self.answered(life, number, result)
         self.compare(*lives)
+
+    def answered(self, life: Life, number: int, result: TurnResult) -> None:
+        output = np.array(result.done.token_ids, np.int64)
+        has_said = any(isinstance(one, TextToken) for one in result.events)
+        num_drawn = result.stats.num_output_tokens
+        life.oracle.turn(chunk(number)[1], output, num_drawn, has_said=has_said)
+        life.turns.append(Done(number, ""))
 
     def quiet_turn(self, life: Life) -> None:
         number = self.number(life)
@@ -181,9 +199,7 @@ class World:
         self.trap.turn = None
         if result.done.reason == "cancelled":
             return self.cancelled(life, number, keep, has_begun=True)
-        output = np.array(result.done.token_ids, np.int64)
-        life.oracle.turn(chunk(number)[1], output, result.stats.num_output_tokens)
-        life.turns.append(Done(number, ""))
+        self.answered(life, number, result)
         return self.compare(life)
 
     def cancelled(self, life: Life, number: int, keep: str, *, has_begun: bool) -> None:
@@ -192,6 +208,20 @@ class World:
             life.turns.append(Done(number, "cut"))
         else:
             life.oracle.undone_turn(chunk(number)[1], has_begun=has_begun)
+        self.compare(life)
+
+    def truncate(self, life: Life) -> None:
+        """Go back to what was heard: every output since is silenced, every input stays."""
+        if life.retention is not None:
+            return
+        heard_ms = 200 * (life.oracle.state.tick - self.dice.randrange(60))
+        first = life.oracle.truncate(max(0, heard_ms))
+        assert life.session.truncate(max(0, heard_ms)) == first
+        if first is not None:
+            endings = ["cut"] + ["quiet"] * (len(life.turns) - first - 1)
+            numbers = [one.number for one in life.turns[first:]]
+            life.turns[first:] = [Done(*both) for both in zip(numbers, endings, strict=True)]
+            life.marks = [one for one in life.marks if one[1].pin is not None]
         self.compare(life)
 
     def number(self, life: Life) -> int:
@@ -280,6 +310,21 @@ class World:
         life.oracle = life.oracle.restored()
         life.marks.clear()
         self.compare(life)
+
+    def park(self, life: Life) -> None:
+        """Out of memory into a file, and back when it is looked at."""
+        if life.oracle.marks:
+            with pytest.raises(errors.SessionBusy, match="mark"):
+                life.session.park()
+            life.oracle.forget_recent()
+            self.compare(life)
+            return
+        life.marks.clear()
+        life.session.park()
+        assert self.engine.stats().num_parked == 1
+        life.oracle = life.oracle.restored()
+        self.compare(life)
+        assert self.engine.stats().num_parked == 0
 
     def open(self) -> None:
         if len(self.lives) == MAX_LIVES:
@@ -376,7 +421,7 @@ class World:
 
         report = look() if self.engine.is_closed else self.engine._host.loop.call(look)
         assert report.num_sequences == len(self.lives)
-        assert report.num_marks == sum(len(life.oracle.marks) for life in self.lives)
+        assert report.num_marks == sum(life.oracle.num_marks for life in self.lives)
         for pool, mine, held, shared in (
             (store.global_pool, self.pools[0], "global_pages_held", "global_pages_shared"),
             (store.sliding_pool, self.pools[1], "sliding_pages_held", "sliding_pages_shared"),
