@@ -117,6 +117,7 @@ def test_the_floor_looks_no_further_than_it_must() -> None:
         ("budget_tokens", 0, "budget_tokens: expected at least 1, got 0"),
         ("quiet_ms", -1, "quiet_ms: expected at least 0, got -1"),
         ("speech_rms", 0.0, "speech_rms: expected more than 0 to 1, got 0.0"),
+        ("max_chars", 0, "max_chars: expected at least 1, got 0"),
         ("patience_s", -1.0, "patience_s: expected at least 0, got -1.0"),
     ],
 )

@@ -685,6 +685,28 @@ def test_a_streamed_answer_that_ends_otherwise_is_said_whole(session: Session) -
         assert said.endswith('"content":"Eighty degrees.","name":"background"}')
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_result_that_is_too_long_is_cut(session: Session, streams: bool) -> None:
+    writer = _Writer()
+    policy = DeliveryPolicy(budget_tokens=400, max_chars=60)
+    with BackgroundRunner(writer, policy=policy, streams=streams) as runner:
+        session.attach(runner)
+        job = runner.submit("tea", session=session)
+        pieces = ["Green tea wants eighty degrees. ", "q" * 1_000_000]
+        for piece in pieces:
+            writer.write(piece)
+        writer.final = "".join(pieces)
+        writer.write(None)
+        job.result(WAIT_S)
+        until_idle(runner)
+        quietly(session, 20)
+        assert job.delivery == "delivered"
+        said = words_in(session)
+        assert said.count("Green tea wants eighty degrees. ") == 1
+        assert said.count("q") == 28
+        assert "[cut: 60 of 1000032 characters]" in said
+
+
 @pytest.mark.parametrize("how", ["raise", "cancel"])
 def test_a_streamed_answer_that_breaks_off(session: Session, how: str) -> None:
     writer = _Writer()

@@ -87,6 +87,7 @@ class Attachment:
             )
         self._session = weakref.ref(session)
         self._policy = policy
+        self._max_chars = policy.max_chars
         self._on_calls = on_calls
         self._on_closed = on_closed
         self._on_undone = on_undone
@@ -189,10 +190,9 @@ class Attachment:
             pieces = self._pieces(job, text, name, is_error=is_error)
             self._add(self._entry(job, pieces, seen_tick))
             return
-        if not is_error:
+        if not is_error and text.startswith(stream.said):
             # What has been streamed need not be said again.
-            is_begun = text.startswith(stream.said)
-            text = stream.buffer + text[len(stream.said) :] if is_begun else text
+            text = stream.buffer + self._capped(text)[min(len(stream.said), self._max_chars) :]
         pieces = self._pieces(job, text, name, is_error=is_error)
         with self._lock:
             self._outbox.extend(stream.entry, pieces, is_last=True)
@@ -207,8 +207,8 @@ class Attachment:
             if not self._add(entry):
                 return
             stream = self._streams[job] = _Stream(entry)
+        stream.buffer += text[: max(0, self._max_chars - len(stream.said))]
         stream.said += text
-        stream.buffer += text
         end = sentence_end(stream.buffer)
         if end:
             pieces = self._pieces(job, stream.buffer[:end], name, is_last=False)
@@ -275,13 +275,18 @@ class Attachment:
         return split_result(
             job.call_id or job.id,
             name,
-            text,
+            self._capped(text),
             self._count,
             self._policy.budget_tokens,
             is_error=is_error,
             flags=(SILENT,) if job.deliver == "silent" else (),
             is_last=is_last,
         )
+
+    def _capped(self, text: str) -> str:
+        if len(text) <= self._max_chars:
+            return text
+        return f"{text[: self._max_chars]} [cut: {self._max_chars} of {len(text)} characters]"
 
     def _floor(self, seat: Seat, chunk: Chunk, state: LayoutState) -> Floor:
         rms = None

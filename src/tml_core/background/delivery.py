@@ -48,7 +48,8 @@ class DeliveryPolicy:
     """``budget_tokens``: most ids a tick takes from results. ``quiet_ms``: how long nobody may have
     spoken for "when_idle". ``speech_rms``: the microphone level, 0 to 1, that counts as speech.
     ``heeds_model``: whether the model's own speech is waited for, too. ``patience_s``: a
-    "when_idle" result that has waited so long for a pause enters without one.
+    "when_idle" result that has waited so long for a pause enters without one. ``max_chars``: what
+    is longer is cut there, and says so.
 
     All times are media time of the session. Raises InvalidArgument naming the field.
     """
@@ -58,6 +59,7 @@ class DeliveryPolicy:
     speech_rms: float = SPEECH_RMS
     heeds_model: bool = True
     patience_s: float = 30.0
+    max_chars: int = 4000
 
     def __post_init__(self) -> None:
         if self.budget_tokens < 1:
@@ -66,6 +68,8 @@ class DeliveryPolicy:
             raise InvalidArgument(f"quiet_ms: expected at least 0, got {self.quiet_ms}")
         if not 0 < self.speech_rms <= 1:
             raise InvalidArgument(f"speech_rms: expected more than 0 to 1, got {self.speech_rms}")
+        if self.max_chars < 1:
+            raise InvalidArgument(f"max_chars: expected at least 1, got {self.max_chars}")
         if self.patience_s < 0:
             raise InvalidArgument(f"patience_s: expected at least 0, got {self.patience_s}")
 
