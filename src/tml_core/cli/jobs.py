@@ -18,7 +18,7 @@ __all__ = ["DEFAULT_REQUEST", "JobLines", "background_runner", "idle_chunks"]
 
 DEFAULT_REQUEST: Final = "Name one good thing to do on a rainy afternoon."
 _MAX_TOKENS: Final = 64
-_ANSWER_S: Final = 120.0
+_ANSWER_S: Final = 180.0  # more than a job may take
 # Ticks after the recording in which a result may still enter: a pause, and a long answer's pieces.
 _MAX_EXTRA_TICKS: Final = 50
 

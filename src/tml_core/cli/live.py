@@ -168,6 +168,7 @@ def _run(
     if runner is not None:
         from tml_core.cli.jobs import idle_chunks
 
+        view.totals.media_ms = None  # how long results take to enter is not known
         for extra, chunk in enumerate(idle_chunks(runner), index + 1):
             result = session.append(chunk).result()
             view.show(TickView(extra, chunk, result), session, time.perf_counter() - start_s)
