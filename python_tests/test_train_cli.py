@@ -72,6 +72,21 @@ def test_a_signal_ends_the_run_after_the_step(
     assert "resuming after step 2" in console.export_text()
 
 
+def test_a_damaged_shard_is_left_out_if_asked(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = file.parent / "data" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    monkeypatch.setattr(sys, "argv", ["tml-core", "train", str(file)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2 and shard.name in capsys.readouterr().err
+    file.write_text(file.read_text().replace("[data]", "[data]\nskip_corrupt = true"))
+    console = Console(record=True, width=200)
+    run_train(file, console)
+    assert f"left out, damaged: {shard.name}" in console.export_text()
+
+
 def test_no_picture_without_matplotlib(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     console = Console(record=True, width=200)

@@ -131,3 +131,13 @@ def test_a_whole_step_compiles(recompute: bool, tmp_path: Path) -> None:
     model.run = torch.compile(model.run, fullgraph=True, backend="aot_eager")  # type: ignore[method-assign]
     got = results(model, batch)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_references_make_tensors_where_their_inputs_are(directory: Path) -> None:
+    """Whatever forgets its device lands on another one here, and cannot be used."""
+    model = model_of(directory, torch.bfloat16, ops=REFERENCES)
+    batch = batch_of(model)
+    expected = results(model, batch)
+    with torch.device("meta"):
+        got = results(model, batch)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -49,7 +49,7 @@ def make_run(folder: Path, checkpoint: Path, /, **changed: dict[str, Any]) -> Tr
     """Random data in ``folder``/data and a run in ``folder``/run; ``changed``: keys of tables."""
     if not (folder / "data").exists():
         config = ModelConfig.from_path(checkpoint)
-        write_shards(random_transcripts(config, 9), folder / "data", config, shard_bytes=4000)
+        write_shards(random_transcripts(config, 9), folder / "data", config, shard_bytes=900)
     raw: dict[str, dict[str, Any]] = {
         "model": {"path": str(checkpoint), "dtype": "bfloat16"},
         "data": {"path": str(folder / "data"), "batch_tokens": 60, "seed": 3},

@@ -33,6 +33,8 @@ def run_train(path: Path, console: Console) -> Path:
     """
     trainer = Trainer(TrainConfig.from_toml(path))
     num_steps = trainer.config.run.num_steps
+    if trainer.skipped_shards:
+        console.print(f"left out, damaged: {', '.join(trainer.skipped_shards)}")
     if trainer.step:
         console.print(f"resuming after step {trainer.step}")
     bar = Progress(

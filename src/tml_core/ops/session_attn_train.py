@@ -263,14 +263,16 @@ def session_attn_train(
     factor = 1.0 / head_dim if scale is None else scale
     inputs = (q_TND, k_TKD, v_TKD, r_TNC, bank_CR)
     if q_TND.device.type != "cpu":
+        # Scores in fp32, as the kernel has them.
         with q_TND.device:
-            return session_attn_train_reference(
-                *inputs,
+            out, lse_TN = session_attn_train_reference(
+                *(one.float() for one in inputs),
                 cu_tokens=cu_tokens,
                 visible_end_T=visible_end_T,
                 window=window,
                 scale=factor,
             )
+        return out.to(q_TND.dtype), lse_TN
     out, lse_TN = _session_attn_train(*inputs, cu_tokens, visible_end_T, window, factor)
     return out, lse_TN
 

@@ -55,8 +55,10 @@ def _hmlp_reference(patches: Tensor, weights: HmlpWeights) -> Tensor:
 
 def _session_attn_reference(*tensors: Tensor, **named: Any) -> tuple[Tensor, Tensor]:
     """Scores in fp32, as the kernels have them."""
-    out, lse_TN = session_attn_train_reference(*(one.float() for one in tensors), **named)
-    return out.to(tensors[0].dtype), lse_TN
+    q_TND = tensors[0]
+    with q_TND.device:
+        out, lse_TN = session_attn_train_reference(*(one.float() for one in tensors), **named)
+    return out.to(q_TND.dtype), lse_TN
 
 
 def _linear_logp(

@@ -132,6 +132,11 @@ class Trainer:
         """Steps done."""
         return self._progress.step
 
+    @property
+    def skipped_shards(self) -> tuple[str, ...]:
+        """Names of damaged shards that are left out because ``data.skip_corrupt`` asks for it."""
+        return tuple(self._data.skipped) if isinstance(self._data, ShardReader) else ()
+
     def run(
         self,
         report: Callable[[StepMetrics], None] = lambda _metrics: None,
