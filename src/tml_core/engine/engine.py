@@ -26,9 +26,9 @@ from torch import Tensor
 
 from tml_core.engine import turn as turn_module
 from tml_core.engine.cost_model import CostModel
-from tml_core.engine.job import Job
+from tml_core.engine.job import Ahead, Job
 from tml_core.engine.parking import ParkingLot
-from tml_core.engine.runner import StepInput
+from tml_core.engine.runner import Singles, StepInput
 from tml_core.engine.sampler import RowBuffers
 from tml_core.engine.scheduler import compose
 from tml_core.engine.seat import Part, Seat
@@ -70,6 +70,10 @@ class _Runner(Protocol):
     def max_step_tokens(self) -> int: ...
 
     def run(self, inputs: SequenceOf[StepInput]) -> list[Tensor]: ...
+
+    def run_beside(
+        self, inputs: SequenceOf[StepInput], singles: Singles
+    ) -> tuple[list[Tensor], Tensor]: ...
 
 
 class StepModel(Protocol):
@@ -436,10 +440,7 @@ class EngineLoop:
         bringing = [job for job in ready if self._guarded(job, lambda job=job: self._begin(job))]  # type: ignore[misc]
         size = (0, 0)
         if bringing:
-            if all(job.is_decoding for job in bringing):
-                size = self._decode(bringing)
-            else:
-                size = self._mixed(bringing, begin_s)
+            size = self._advance(bringing, begin_s)
         if ready:
             self._follow_up()
             busy_s = time.perf_counter() - begin_s
@@ -458,69 +459,100 @@ class EngineLoop:
             self.awake(job.seat)
         return job.begin_step()
 
-    # A step of turns that each bring the token drawn last.
+    def _advance(self, jobs: list[Job], begin_s: float) -> tuple[int, int]:
+        """One step of these turns; returns how many positions of how many sequences went in.
 
-    def _decode(self, jobs: list[Job]) -> tuple[int, int]:
-        """Returns how many positions of how many sequences went in."""
+        Those that bring the one token drawn last go in together, in fixed memory; inputs beside
+        them. If that fails, all is brought as inputs, which can be told apart.
+        """
+        others = [job for job in jobs if not job.is_decoding]
+        talking = [job for job in jobs if job.is_decoding] if others else jobs
         try:
-            for job in jobs:
+            for job in talking:
                 job.make_room()
         except Exception:
-            return self._mixed(jobs, time.perf_counter())  # it knows how to go on without some
+            return self._bring(jobs, begin_s)
+        ahead = self._feed(talking)
+        if not ahead:
+            return self._bring(others, begin_s) if others else (0, 0)
+        pieces = self._pieces([*talking, *others], begin_s) if others else []
+        done: list[tuple[Job, Tensor]] = []
+        try:
+            slots, positions, token_ids = zip(*ahead, strict=True)
+            inputs = [job.piece(count) for job, count in pieces]
+            self._token_ids[: len(ahead)] = token_ids
+            run_s = time.perf_counter()
+            x_BD = self._model.backbone.embed_ids(self._ids_B[: len(ahead)])
+            if not inputs:
+                self._rows.fill_single(slots, positions)
+                h_BD = self._model.backbone.step(x_BD, self._rows, self._model.store.kv)
+            else:
+                singles = Singles(slots, positions, x_BD)
+                hidden, h_BD = self._model.runner.run_beside(inputs, singles)
+                done = list(zip((job for job, _ in pieces), hidden, strict=True))
+            self.counters.kernel_s += time.perf_counter() - run_s
+        except Exception:
+            # Nobody knows how far it got, or because of whom.
+            for job, _ in pieces:
+                job.prepare(None)
+            behind = [job for job in talking if self._guarded(job, job.catch_up)]
+            return self._bring([*behind, *(job for job in others if not job.is_done)], begin_s)
+        return self._end_step(done, talking, h_BD)
+
+    def _bring(self, jobs: list[Job], begin_s: float) -> tuple[int, int]:
+        """`_advance` with everything as inputs."""
+        step = self._pieces(jobs, begin_s)
+        return self._end_step(self._append(step) if step else [], [], None)
+
+    def _feed(self, talking: list[Job]) -> list[Ahead]:
+        """The tokens drawn last; a turn that fails to give its own leaves the list."""
         ahead = []
-        for job in list(jobs):
+        for job in list(talking):
             try:
                 ahead.append(job.feed_one())
             except Exception as error:
                 job.fail(error)
-                jobs.remove(job)
-        if not jobs:
+                talking.remove(job)
+        return ahead
+
+    def _pieces(self, jobs: list[Job], begin_s: float) -> list[tuple[Job, int]]:
+        """What of the inputs goes into this step, beside the tokens that are fed already."""
+        entries = []
+        for job in jobs:
+            if job.is_fed or self._guarded(job, lambda job=job: self._prepare(job)):  # type: ignore[misc]
+                entries.append(job)
+        step = compose(entries, self._model.runner.max_step_tokens, self.costs, begin_s)
+        return [(job, count) for job, count in step if not job.is_fed]
+
+    def _end_step(
+        self, done: list[tuple[Job, Tensor]], talking: list[Job], h_BD: Tensor | None
+    ) -> tuple[int, int]:
+        """Go on with what a step gave: ``done`` inputs, and the fed tokens of ``talking``."""
+        num_rows = len(done) + len(talking)
+        if not num_rows:
             return 0, 0
-        slots, positions, token_ids = zip(*ahead, strict=True)
-        num_rows = len(jobs)
-        try:
-            self._rows.fill_single(slots, positions)
-            self._token_ids[:num_rows] = token_ids
-            begin_s = time.perf_counter()
-            x_BD = self._model.backbone.embed_ids(self._ids_B[:num_rows])
-            h_BD = self._model.backbone.step(x_BD, self._rows, self._model.store.kv)
-            self.counters.kernel_s += time.perf_counter() - begin_s
-        except Exception:
-            # Nobody knows how far it got, or because of whom.
-            behind = [job for job in jobs if self._guarded(job, job.catch_up)]
-            return self._mixed(behind, time.perf_counter())
+        num_tokens = sum(len(h_TD) for _, h_TD in done) + len(talking)
         self.counters.steps += 1
-        self.counters.step_tokens += num_rows
-        wanting = [self._guarded(job, lambda job=job: job.end_token(num_rows)) for job in jobs]  # type: ignore[misc]
-        if not all(wanting):
-            kept = [row for row, is_wanting in enumerate(wanting) if is_wanting]
-            jobs, h_BD = [jobs[row] for row in kept], h_BD[kept]
-        if jobs:
-            self._draw(jobs, h_BD, num_rows)
-        return num_rows, num_rows
-
-    # Any step.
-
-    def _mixed(self, jobs: list[Job], begin_s: float) -> tuple[int, int]:
-        """Returns how many positions of how many sequences went in."""
-        prepared = [job for job in jobs if self._guarded(job, lambda job=job: self._prepare(job))]  # type: ignore[misc]
-        max_tokens = self._model.runner.max_step_tokens
-        done = self._append(compose(prepared, max_tokens, self.costs, begin_s)) if prepared else []
-        batch_size = len(done)
-        num_tokens = sum(len(h_TD) for _, h_TD in done)
-        self.counters.steps += bool(done)
         self.counters.step_tokens += num_tokens
-        wanting = [
-            job
-            for job, h_TD in done
-            if self._guarded(
-                job,
-                lambda job=job, h_TD=h_TD: job.end_step(h_TD, self.costs, batch_size),  # type: ignore[misc]
-            )
-        ]
+        costs = self.costs
+        wanting, rows = [], []
+        for job, h_TD in done:
+            if self._guarded(job, lambda job=job, h_TD=h_TD: job.end_step(h_TD, costs, num_rows)):  # type: ignore[misc]
+                wanting.append(job)
+                rows.append(job.hidden)
+        kept = []
+        for row, job in enumerate(talking):
+            if self._guarded(job, lambda job=job: job.end_token(num_rows)):  # type: ignore[misc]
+                wanting.append(job)
+                kept.append(row)
         if wanting:
-            self._draw(wanting, torch.stack([job.hidden for job in wanting]), batch_size)
-        return num_tokens, batch_size
+            if h_BD is not None and len(kept) < len(talking):
+                h_BD = h_BD[kept]
+            parts = [torch.stack(rows)] if rows else []
+            if h_BD is not None and kept:
+                parts.append(h_BD)
+            self._draw(wanting, parts[0] if len(parts) == 1 else torch.cat(parts), num_rows)
+        return num_tokens, num_rows
 
     def _prepare(self, job: Job) -> bool:
         job.bring_tokens()

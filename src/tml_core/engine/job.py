@@ -95,6 +95,7 @@ class Job:
         self._h_D: Tensor | None = None
         self._ahead: list[int] = []  # given to the model, not yet in the sequence
         self._num_ahead = 0  # room that was reserved for them
+        self._is_fed = False
         self._tip = self._slot = 0
         self._is_behind = False  # the sequence lacks tokens that the model had been given
         self._rested_since_s: float | None = None
@@ -171,6 +172,7 @@ class Job:
         (token_id,) = self._open_output().take_unfed()
         position = self._tip + len(self._ahead)
         self._ahead.append(token_id)
+        self._is_fed = True
         return Ahead(self._slot, position, token_id)
 
     def flush(self) -> None:
@@ -188,6 +190,7 @@ class Job:
         """A step has failed and may have left anything behind: take the output so far as one more
         input, from where it begins."""
         assert self._after_input is not None  # it is decoding
+        self._is_fed = False
         self._ahead.clear()
         self.flush()
         self._rewind(self._after_input)
@@ -227,7 +230,14 @@ class Job:
     @property
     def num_left(self) -> int:
         """Positions that still have to be appended before the model can be asked."""
-        return 0 if self._input is None else len(self._input.token_ids) - self._num_fed
+        if self._input is None:
+            return int(self._is_fed)
+        return self._input.token_ids.shape[0] - self._num_fed
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether its token went into the step that is being made."""
+        return self._is_fed
 
     def piece(self, num_tokens: int) -> StepInput:
         """The next ``num_tokens`` positions, or a few more or less where a block must stay whole;
@@ -240,6 +250,7 @@ class Job:
 
     def end_token(self, batch_size: int) -> bool:
         """The token of `feed_one` is in. True if another is wanted."""
+        self._is_fed = False
         clock = self.turn.clock
         if batch_size > clock.max_batch:
             clock.max_batch = batch_size

@@ -21,7 +21,7 @@ from tml_core.sequence.store import SequenceStore
 from tml_core.sequence.token_log import Records, records
 from tml_core.sequence.values import Carry
 
-__all__ = ["StepInput", "StepRunner", "Stepper"]
+__all__ = ["Singles", "StepInput", "StepRunner", "Stepper"]
 
 
 class Stepper(Protocol):
@@ -70,6 +70,15 @@ class StepInput(NamedTuple):
         )
 
 
+class Singles(NamedTuple):
+    """One token each of other sequences, in a step beside inputs: whose slots, at which positions
+    (room is reserved there), their embeddings [B, D]. Who gives them keeps the books."""
+
+    slots: SequenceOf[int]
+    positions: SequenceOf[int]
+    x_BD: Tensor
+
+
 class _Piece(NamedTuple):
     entry: int  # index of the input
     start: int
@@ -104,14 +113,27 @@ class StepRunner:
         with self.stage(inputs) as hidden:
             return hidden
 
+    def run_beside(
+        self, inputs: SequenceOf[StepInput], singles: Singles
+    ) -> tuple[list[Tensor], Tensor]:
+        """`run` with single tokens of other sequences in its last step; returns h [T, D] of each
+        input and h [B, D] of the tokens. When it raises, the inputs' sequences are where they
+        were, but the tokens may have been written or not."""
+        with self.stage(inputs, singles) as hidden:
+            return hidden[:-1], hidden[-1]
+
     @contextmanager
-    def stage(self, inputs: SequenceOf[StepInput]) -> Iterator[list[Tensor]]:
-        """`run` as a context: the sequences advance when the body ends, and do not if it raises."""
+    def stage(
+        self, inputs: SequenceOf[StepInput], singles: Singles | None = None
+    ) -> Iterator[list[Tensor]]:
+        """`run` as a context: the sequences advance when the body ends, and do not if it raises.
+        With ``singles`` their h is the last of the list."""
         self._check(inputs)
         steps = self._cut(inputs)
         parts: list[list[Tensor]] = [[] for _ in inputs]
         marks: list[Mark] = []
         pending: list[Records] = []
+        beside: list[Tensor] = []
         try:
             if len(steps) > 1:
                 # All steps but the last are committed before the outcome is known.
@@ -119,8 +141,12 @@ class StepRunner:
             for number, step in enumerate(steps):
                 if number:
                     self._commit(inputs, steps[number - 1], pending)
-                pending = self._step(inputs, step, parts)
-            yield [_joined(part, one.x_TD) for part, one in zip(parts, inputs, strict=True)]
+                is_last = number == len(steps) - 1
+                pending, h_BD = self._step(inputs, step, parts, singles if is_last else None)
+                if is_last and singles is not None:
+                    beside.append(h_BD)
+            joined = [_joined(part, one.x_TD) for part, one in zip(parts, inputs, strict=True)]
+            yield joined + beside
             if steps:
                 self._commit(inputs, steps[-1], pending)
             for one in inputs:
@@ -139,8 +165,12 @@ class StepRunner:
                 mark.release()
 
     def _step(
-        self, inputs: SequenceOf[StepInput], step: list[_Piece], parts: list[list[Tensor]]
-    ) -> list[Records]:
+        self,
+        inputs: SequenceOf[StepInput],
+        step: list[_Piece],
+        parts: list[list[Tensor]],
+        singles: Singles | None,
+    ) -> tuple[list[Records], Tensor]:
         batch, pending, rows = self._batch, [], []
         batch.clear()
         for index, start, stop in step:
@@ -159,13 +189,17 @@ class StepRunner:
             # Before the step, which uses the embeddings up.
             pending.append(records(token_ids[start:stop].numpy(), reach_T, x_TD[start:stop]))
             rows.append(x_TD[start:stop])
+        if singles is not None:
+            for slot, position in zip(singles.slots, singles.positions, strict=True):
+                batch.add(slot, position, 1)
+            rows.append(singles.x_BD)
         x_TD = rows[0] if len(rows) == 1 else torch.cat(rows)
         h_TD = self._backbone.step(x_TD, batch, self.store.kv)
         offset = 0
         for index, start, stop in step:
             parts[index].append(h_TD[offset : offset + stop - start])
             offset += stop - start
-        return pending
+        return pending, h_TD[offset:]
 
     def _commit(
         self, inputs: SequenceOf[StepInput], step: list[_Piece], pending: list[Records]

@@ -135,7 +135,10 @@ class TickOutput:
         self.is_done = False
         self._num_text = 0
         self._num_fed = 0
-        is_in_call = self._before.call_ids is not None
+        # Of an open call; they become part of the state when the half is closed.
+        before = self._before.call_ids
+        self._call_ids: list[int] | None = None if before is None else list(before)
+        is_in_call = before is not None
         self._phase = _Phase.START_IN_CALL if is_in_call else _Phase.START
 
     def allowed(self) -> torch.Tensor:
@@ -162,13 +165,13 @@ class TickOutput:
         if token_id == ids.call:
             self._append(token_id, Stream.CONTROL)
             self._phase = _Phase.CALL
-            self.state = replace(self.state, call_ids=())
+            self._call_ids = []
             return []
         if token_id == ids.end_call:
             self._append(token_id, Stream.CONTROL)
             return self._end_call()
         self._num_text += 1
-        if self.state.call_ids is not None:
+        if self._call_ids is not None:
             return self._accept_call_text(token_id)
         return self._accept_text(token_id, logprob)
 
@@ -199,25 +202,25 @@ class TickOutput:
         self._append(token_id, Stream.TEXT)
         self._phase = _Phase.TEXT
         text, utf8 = self._grammar.codec.feed(self.state.utf8, token_id)
-        self.state = replace(self.state, utf8=utf8)
+        if utf8 != self.state.utf8:
+            self.state = replace(self.state, utf8=utf8)
         event = TextToken(**self._tags(), text=text, token_id=token_id, logprob=logprob)
         return [event, *self._close_at_budget()]
 
     def _accept_call_text(self, token_id: int) -> list[Event]:
         self._append(token_id, Stream.CALL)
         self._phase = _Phase.CALL
-        call_ids = (*(self.state.call_ids or ()), token_id)
-        self.state = replace(self.state, call_ids=call_ids)
-        if len(call_ids) < MAX_CALL_TOKENS:
+        assert self._call_ids is not None  # a call is open
+        self._call_ids.append(token_id)
+        if len(self._call_ids) < MAX_CALL_TOKENS:
             return self._close_at_budget()
         self._append(self._grammar.tokens.end_call, Stream.FORCED)
         return self._end_call()
 
     def _end_call(self) -> list[Event]:
-        call_ids = self.state.call_ids or ()
+        call_ids, self._call_ids = tuple(self._call_ids or ()), None
         raw = self._grammar.codec.decode(call_ids)
-        event, state = call_event(self.state, raw, call_ids, self._tags())
-        self.state = replace(state, call_ids=None)
+        event, self.state = call_event(self.state, raw, call_ids, self._tags())
         self._append(self._grammar.tokens.end_out, Stream.FORCED)
         return [event, self._close("call")]
 
@@ -234,7 +237,8 @@ class TickOutput:
     def _close(self, reason: TurnEnd) -> TurnDone:
         done = TurnDone(**self._tags(), reason=reason, token_ids=tuple(self.token_ids))
         unsent = tuple(self.token_ids[self._num_fed :])
-        self.state = replace(self.state, tick=self.state.tick + 1, unsent=unsent)
+        call_ids = None if self._call_ids is None else tuple(self._call_ids)
+        self.state = replace(self.state, tick=self.state.tick + 1, unsent=unsent, call_ids=call_ids)
         self._phase = _Phase.DONE
         self.is_done = True
         return done

@@ -65,7 +65,9 @@ class Mark:
         """Give up the mark and what it keeps; a second time does nothing."""
         if self.is_live:
             self.sequence.slot.sliding.unpin(self.pin.serial)
-        self.conv = None
+        conv, self.conv = self.conv, None
+        if conv is not None:
+            self.sequence.store.spare_conv(conv)
 
 
 class Sequence:
@@ -254,7 +256,7 @@ class Sequence:
         slot = self._idle_slot("mark")
         self._last_serial += 1
         pin = slot.sliding.pin(self._last_serial)
-        mark = Mark(self, pin, slot.conv.clone(), self.log.chain())
+        mark = Mark(self, pin, self.store.copy_conv(slot.conv), self.log.chain())
         weakref.finalize(mark, self._dropped_marks.append, pin.serial).atexit = False
         return mark
 

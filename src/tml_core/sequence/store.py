@@ -61,6 +61,8 @@ class SequenceStore:
         # Slots of sequences that were collected without close(): a finalizer may run anywhere, so
         # it only leaves a note here.
         self.orphans: deque[int] = deque()
+        # Copies of convolution rows that nobody needs any more: marks come and go with every turn.
+        self._spare_conv: list[Tensor] = []
         self._global_rows = kv.global_table.numpy()
         self._sliding_rows = kv.sliding_table.numpy()
         self._conv_before = huge_empty(tuple(kv.conv_rows.shape), kv.dtype)
@@ -100,6 +102,19 @@ class SequenceStore:
         slot.global_.close()
         slot.sliding.close()
         self._free_slots.append(index)
+
+    def copy_conv(self, conv: Tensor) -> Tensor:
+        """A copy of a slot's convolution rows; `spare_conv` takes it back."""
+        try:
+            copy = self._spare_conv.pop()
+        except IndexError:
+            return conv.clone()
+        return copy.copy_(conv)
+
+    def spare_conv(self, copy: Tensor) -> None:
+        """Take back what `copy_conv` gave, for the next one."""
+        if len(self._spare_conv) < 2 * self.kv.num_slots:
+            self._spare_conv.append(copy)
 
     def require_pages(self, num_global: int, num_sliding: int, what: str) -> None:
         """Raise PoolExhausted, saying that ``what`` needs them, unless both counts are free."""
