@@ -70,17 +70,17 @@ def run_load_command(options: LoadOptions, console: Console) -> LoadReport | Cap
     if options.max_sessions is None:
         with _bar(console) as show:
             found = _run(model, spec, chunks, show)
-        console.print(_report_view(found))
+        console.print(_report_view(found), soft_wrap=True)
     else:
 
         def level(count: int) -> LoadReport:
             with _bar(console) as show:
                 report = _run(model, replace(spec, num_sessions=count), chunks, show)
-            console.print(_level_line(report))
+            console.print(_level_line(report), soft_wrap=True)
             return report
 
         found = find_capacity(level, options.max_sessions, start=spec.num_sessions)
-        console.print(_capacity_view(found))
+        console.print(_capacity_view(found), soft_wrap=True)
     _write(options, found, model, title)
     return found
 
@@ -229,9 +229,15 @@ def _level_line(report: LoadReport) -> Text:
 def _capacity_view(capacity: Capacity) -> Text:
     count = capacity.num_sessions
     sign = " or more" if capacity.is_open_ended else ""
+    best = [one for one in capacity.levels if one.spec.num_sessions == count]
+    bound = "".join(
+        f"; {one.num_ticks} ticks show, with 95 % confidence, that it is below "
+        f"{100 * one.miss_rate_bound:.2f} %"
+        for one in best
+    )
     return Text(
         f"capacity: {count}{sign} sessions with fewer than {100 * capacity.limit:g} % of the "
-        "ticks missed",
+        f"ticks missed{bound}",
         style="bold",
     )
 

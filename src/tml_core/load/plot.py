@@ -1,6 +1,7 @@
 """A load report as a picture. Needs matplotlib: ``pip install tml_core[plot]``."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -19,6 +20,7 @@ _SERVED: Final = "#2a6f97"
 _LATE: Final = "#c1121f"
 _DROPPED: Final = "#f4a259"
 _CURVES: Final = (("p50", "#8ecae6"), ("p99", "#2a6f97"), ("p99_9", "#6a4c93"))
+_TITLE_WIDTH: Final = 130
 _MANY: Final = 4000  # points a scatter can show without becoming a band
 
 
@@ -118,19 +120,13 @@ def _plot_levels(axes: "Axes", capacity: Capacity) -> None:
         ]
         if points:
             counts, values = zip(*points, strict=True)
-            axes.plot(counts, values, marker="o", markersize=4, color=color)
-            axes.annotate(
-                name.replace("_", "."),
-                (counts[-1], values[-1]),
-                xytext=(6, 0),
-                textcoords="offset points",
-                color=color,
-                va="center",
-            )
+            label = name.replace("_", ".")
+            axes.plot(counts, values, marker="o", markersize=4, color=color, label=label)
     _mark_deadline(axes, deadline_ms)
     axes.set(xlabel="sessions", ylabel="chunk in to last token out (ms)")
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.12)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=3, frameon=False)
+    _count_sessions(axes)
     axes.set_title(f"capacity: {capacity.num_sessions}" + ("+" * capacity.is_open_ended))
 
 
@@ -146,7 +142,12 @@ def _plot_misses(axes: "Axes", capacity: Capacity) -> None:
     axes.set_yscale("log")
     axes.set_ylim(floor / 1.3, 1.3)
     axes.set(xlabel="sessions", ylabel="share of ticks missed (lowest line: none)")
+    _count_sessions(axes)
     axes.set_title(f"limit {100 * capacity.limit:g} %")
+
+
+def _count_sessions(axes: "Axes") -> None:
+    axes.locator_params(axis="x", integer=True)
 
 
 def _mark_deadline(axes: "Axes", deadline_ms: float, *, is_vertical: bool = False) -> None:
@@ -162,7 +163,7 @@ def _figure(title: str) -> "Figure":
             "plot: matplotlib is not installed; pip install 'tml_core[plot]'"
         ) from error
     figure = Figure(figsize=(13, 4.2), dpi=130, layout="constrained")
-    figure.suptitle(title, fontsize=11, color=_INK)
+    figure.suptitle(fill(title, _TITLE_WIDTH), fontsize=11, color=_INK)
     return figure
 
 
