@@ -5,10 +5,13 @@ layer, vocabulary 8192, 4096 packed tokens (4 sequences), bf16 with fp32 masters
 
     OMP_NUM_THREADS=2 python -m pytest bench/bench_determinism.py -s
 
-A step is forward, backward, clipping and optimizer. A serving step is a forward of one sequence of
-1024 tokens without gradients. Peaks are of processes of their own (`python bench_determinism.py`).
+A step is forward, backward, clipping and optimizer. The ablation takes our kernels and sets one op
+free: torch's, with its own splits and orders, in the place of ours. A serving step is a forward of
+one sequence of 1024 tokens without gradients. Peaks are of processes of their own
+(`python bench_determinism.py kernels 4096`).
 """
 
+import dataclasses
 import json
 import resource
 import subprocess
@@ -28,11 +31,12 @@ from tml_core.model.config import ModelConfig
 from tml_core.model.weights import random_weights
 from tml_core.train import PackedBatch, TrainableModel, Transcript
 from tml_core.train.config import OptimizerConfig
-from tml_core.train.op_set import KERNELS
+from tml_core.train.op_set import KERNELS, OpSet
 from tml_core.train.optimizer import Optimizer, clip_gradients
 
 LENGTH = 1024
 OPS = {"kernels": KERNELS, "eager": EAGER}
+FREED = ("linear", "moe", "session_attn", "linear_logp", "attn_prologue", "sconv_norm", "router")
 
 
 def config() -> ModelConfig:
@@ -81,9 +85,9 @@ def batch_of(num_tokens: int) -> PackedBatch:
 class Step:
     """A model with its optimizer."""
 
-    def __init__(self, ops: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, ops: OpSet, dtype: torch.dtype = torch.bfloat16) -> None:
         weights = random_weights(config(), 0, torch.float32)
-        self.model = TrainableModel(config(), weights, dtype, ops=OPS[ops])
+        self.model = TrainableModel(config(), weights, dtype, ops=ops)
         named = dict(self.model.named_parameters())
         self.optimizer = Optimizer(named, OptimizerConfig())
 
@@ -103,7 +107,7 @@ class Step:
 def test_both_compute_the_same_model() -> None:
     """In fp32: in bf16 each rounds at points of its own, and other experts are chosen."""
     batch = batch_of(LENGTH)
-    steps = {name: Step(name, torch.float32) for name in OPS}
+    steps = {name: Step(ops, torch.float32) for name, ops in OPS.items()}
     found = {name: step.forward_backward(batch) for name, step in steps.items()}
     torch.testing.assert_close(found["kernels"], found["eager"], rtol=1e-4, atol=1e-3)
     grads = [
@@ -116,7 +120,7 @@ def test_both_compute_the_same_model() -> None:
 @pytest.mark.parametrize("num_tokens", [1024, 2048, 4096])
 def test_training_step(num_tokens: int, measure: Any, request: pytest.FixtureRequest) -> None:
     batch = batch_of(num_tokens)
-    ours, theirs = Step("kernels"), Step("eager")
+    ours, theirs = Step(KERNELS), Step(EAGER)
     result = measure(
         f"training step S-train {num_tokens} tokens",
         lambda: ours(batch),
@@ -136,9 +140,31 @@ def test_training_step(num_tokens: int, measure: Any, request: pytest.FixtureReq
     )
 
 
+@pytest.mark.parametrize("op", FREED)
+def test_training_step_with_one_op_free(
+    op: str, measure: Any, request: pytest.FixtureRequest
+) -> None:
+    batch = batch_of(4096)
+    ours = Step(KERNELS)
+    freed = Step(dataclasses.replace(KERNELS, **{op: getattr(EAGER, op)}))
+    result = measure(
+        f"training step S-train, {op} free",
+        lambda: ours(batch),
+        peer=lambda: freed(batch),
+        peer_name=f"torch's {op}",
+        rounds=3,
+    )
+    cost = result.time_s / result.peer_s - 1
+
+    def finding() -> tuple[str, dict[str, Any]]:
+        return f"the contract costs {cost:+.1%} of the step", {"cost": cost}
+
+    note(request.config, f"{op} free", finding)
+
+
 def test_serving_step(measure: Any) -> None:
     batch = batch_of(LENGTH)
-    ours, theirs = Step("kernels").model, Step("eager").model
+    ours, theirs = Step(KERNELS).model, Step(EAGER).model
 
     def run(model: TrainableModel) -> Callable[[], object]:
         return lambda: model(batch)
@@ -177,7 +203,7 @@ def _resident_mb() -> float:
 
 def main(ops: str, num_tokens: int) -> None:
     """Print the resident megabytes before the first step and the peak of two steps."""
-    step, batch = Step(ops), batch_of(num_tokens)
+    step, batch = Step(OPS[ops]), batch_of(num_tokens)
     before = _resident_mb()
     for _ in range(2):
         step(batch)

@@ -111,7 +111,8 @@ def sconv_norm(
 def router(x: Tensor, weight: Tensor, bias_E: Tensor, *, top_k: int, scale: Tensor) -> Routing:
     logits = functional.linear(x.float(), weight)
     num_experts = len(bias_E)
-    ids = (logits[:, :num_experts].sigmoid() + bias_E).topk(top_k, dim=1).indices
+    choice = logits[:, :num_experts].sigmoid() + bias_E
+    ids = choice.topk(top_k, dim=1).indices.sort(dim=1).values
     terms = torch.cat([logits.gather(1, ids), logits[:, num_experts:]], dim=1)
     shares = functional.logsigmoid(terms).softmax(dim=1) * scale
     return Routing(ids.int(), shares[:, :top_k], shares[:, top_k:], logits)

@@ -16,6 +16,7 @@ from tml_core.media.segments import Tokens
 from tml_core.model.config import ModelConfig, bundled_path
 from tml_core.model.tokenizer import load_tokenizer
 from tml_core.train import PackedBatch, ShardReader, Transcript, read_sessions, write_shards
+from tml_core.train import shards as shards_module
 from tml_core.train.order import BatchOrder, epoch_order
 from train_kit import make_checkpoint, random_transcripts
 
@@ -42,6 +43,22 @@ def test_transcripts_come_back_as_they_were(config: ModelConfig, tmp_path: Path)
         assert_same(reader[index], transcripts[index], config)
     for one, other in zip(reader[1:4], transcripts[1:4], strict=True):
         assert_same(one, other, config)
+
+
+def test_shards_take_turns_in_memory(
+    config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "_MAX_OPEN", 2)
+    transcripts = random_transcripts(config, 6)
+    write_shards(transcripts, tmp_path, config, shard_bytes=900)
+    assert len(list(tmp_path.glob("shard-*"))) > 3
+    reader = ShardReader(tmp_path, config)
+    for index in (0, 5, 2, 0, 3, 5, 1, 4):
+        assert_same(reader[index], transcripts[index], config)
+    whole = (tmp_path / "shard-00001.safetensors").read_bytes()
+    (tmp_path / "shard-00001.safetensors").write_bytes(whole[:20])  # after it was checked
+    with pytest.raises(errors.CheckpointError, match=r"data: shard .*00001.* cannot be read"):
+        list(reader)
 
 
 def test_a_damaged_shard_is_named_and_skipped_if_asked(config: ModelConfig, tmp_path: Path) -> None:

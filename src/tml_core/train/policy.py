@@ -143,8 +143,9 @@ def update_policy(
 ) -> list[PolicyUpdate]:
     """Steps on one set of rollouts: min(ratio A, clip(ratio) A), averaged over drawn tokens.
 
-    The ratio is against the log-probability the sampler reported. ``rate``: learning rate.
-    Raises InvalidArgument when there is not one advantage for each rollout.
+    The ratio is against the log-probability the sampler reported, which is that of the whole
+    vocabulary: the share that the layout's grammar masks is left out on both sides. ``rate``:
+    learning rate. Raises InvalidArgument when there is not one advantage for each rollout.
     """
     if len(advantages) != len(rollouts):
         raise InvalidArgument(f"advantages: expected {len(rollouts)}, got {len(advantages)}")

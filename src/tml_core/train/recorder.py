@@ -22,8 +22,10 @@ class RecordingBackbone(Backbone):
         super().__init__(config, weights, dtype)
         self._drawn: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
 
-    def sample(self, h_BD: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
-        tokens_B, logprobs_B = super().sample(h_BD, rows)
+    def sample(
+        self, h_BD: Tensor, rows: SampleRows, *, out_B: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        tokens_B, logprobs_B = super().sample(h_BD, rows, out_B=out_B)
         drawn = zip(tokens_B.tolist(), logprobs_B.tolist(), strict=True)
         for seed, one in zip(rows.seed_B.tolist(), drawn, strict=True):
             self._drawn[seed].append(one)

@@ -8,14 +8,15 @@ Legend: N text positions, F audio frames, P patches, T positions, K pieces.
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, overload
+from typing import Any, Final, cast, overload
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tml_core.errors import CheckpointError, InvalidArgument
@@ -30,6 +31,7 @@ _FORMAT: Final = "tml-transcripts"
 _VERSION: Final = 1
 _INDEX: Final = "dataset.json"
 _TOKENS, _AUDIO, _IMAGE = range(3)
+_MAX_OPEN: Final = 64  # shards that stay mapped
 
 
 def write_shards(
@@ -110,7 +112,7 @@ class ShardReader(Sequence[Transcript]):
         if not self.lengths:
             raise CheckpointError(f"data: every shard of {self._root} is damaged")
         self.fingerprint = "-".join(digest[:16] for digest in digests)
-        self._open: tuple[str, _ShardView] | None = None
+        self._views: OrderedDict[str, _ShardView] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -124,9 +126,12 @@ class ShardReader(Sequence[Transcript]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         name, row = self._places[index]
-        if self._open is None or self._open[0] != name:
-            self._open = (name, _ShardView(load_file(self._root / name)))
-        return self._open[1].transcript(row)
+        if name not in self._views:
+            if len(self._views) == _MAX_OPEN:
+                self._views.popitem(last=False)
+            self._views[name] = _ShardView(self._root / name)
+        self._views.move_to_end(name)
+        return self._views[name].transcript(row)
 
     def _read_index(self, config: ModelConfig) -> dict[str, Any]:
         file = self._root / _INDEX
@@ -232,14 +237,17 @@ def _write(root: Path, index: int, shard: _Shard) -> dict[str, Any]:
 
 
 class _ShardView:
-    """One shard in memory, cut into transcripts."""
+    """One mapped shard, cut into transcripts; of the data only what is asked for is read."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
-        pieces = tensors["pieces"].long()
+    def __init__(self, file: Path) -> None:
+        try:
+            self._file = cast(Any, safe_open)(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"data: shard {file} cannot be read: {error}") from error
+        pieces = self._file.get_tensor("pieces").long()
         self._pieces: list[list[int]] = pieces.tolist()
-        self._piece_ends = _ends(tensors["num_pieces"])
-        self._ends = _ends(tensors["lengths"])
+        self._piece_ends = _ends(self._file.get_tensor("num_pieces"))
+        self._ends = _ends(self._file.get_tensor("lengths"))
         # Where each piece begins among those of its kind.
         self._starts = torch.zeros(len(pieces), dtype=torch.int64)
         for kind in range(3):
@@ -264,15 +272,18 @@ class _ShardView:
                 segments.append(Block([part]))
             open_block = block
         own = slice(self._ends[row], self._ends[row + 1])
-        targets = self._tensors["targets"][own].long()
-        return Transcript(segments, targets, self._tensors["streams"][own].clone())
+        return Transcript(segments, self._rows("targets", own).long(), self._rows("streams", own))
 
     def _part(self, kind: int, rows: slice) -> Segment:
         if kind == _TOKENS:
-            return Tokens(self._tensors["ids"][rows].long())
+            return Tokens(self._rows("ids", rows).long())
         if kind == _AUDIO:
-            return Audio(bins=self._tensors["bins"][rows].int())
-        return Image(patches=self._tensors["patches"][rows].clone())
+            return Audio(bins=self._rows("bins", rows).int())
+        return Image(patches=self._rows("patches", rows))
+
+    def _rows(self, name: str, rows: slice) -> Tensor:
+        value: Tensor = self._file.get_slice(name)[rows]
+        return value
 
 
 def _ends(counts: Tensor) -> list[int]:
