@@ -81,14 +81,14 @@ class Call {
     workspace_ = out.data();
     workspace_bytes_ = static_cast<std::size_t>(out.size(0));
   }
-  template <class Body>
-  void run([[maybe_unused]] const Body& body) const {
 #ifdef TML_WITH_CUDA
+  template <class Body>
+  void run(const Body& body) const {
     nb::gil_scoped_release release;
     const cuda::DeviceGuard guard(device_);
     body(cuda::Launch{stream_, workspace_, workspace_bytes_, cuda::num_sms(device_)});
-#endif
   }
+#endif
 
  private:
   const char* op_;
@@ -98,8 +98,12 @@ class Call {
   std::size_t workspace_bytes_ = 0;
 };
 
+#ifdef TML_WITH_CUDA
 #define TML_RUN(call, op, params) \
-  (call).run([&]([[maybe_unused]] const auto& launch) { TML_CUDA_OR(cuda::op(params, launch), ); })
+  (call).run([&](const cuda::Launch& launch) { cuda::op(params, launch); })
+#else  // Call's constructor has refused already
+#define TML_RUN(call, op, params) static_cast<void>(params)
+#endif
 
 void check_packed(const Tensor& weight, std::int64_t elements) {
   weight.shape({elements}).contiguous().aligned(16);
@@ -400,7 +404,7 @@ std::int64_t session_attn_workspace(std::int64_t num_tokens, std::int32_t num_se
                                     std::int32_t head_dim, std::int64_t max_pages,
                                     std::int64_t window, int device) {
   require_build("cuda_session_attn_workspace");
-  SessionAttnParams params{};
+  [[maybe_unused]] SessionAttnParams params{};
   params.batch.num_tokens = num_tokens;
   params.batch.num_seqs = num_seqs;
   params.num_heads = num_heads;
@@ -548,7 +552,7 @@ LmHeadInput head_of(const Tensor& h, const Tensor& weight, std::int64_t vocab_si
 
 std::int64_t lm_head_workspace(std::int64_t num_tokens, std::int64_t vocab_size) {
   require_build("cuda_lm_head_workspace");
-  LmHeadInput input{};
+  [[maybe_unused]] LmHeadInput input{};
   input.num_tokens = num_tokens;
   input.vocab_size = vocab_size;
   return static_cast<std::int64_t>(
