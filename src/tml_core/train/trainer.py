@@ -121,7 +121,13 @@ class Trainer:
         self._metrics.cut(self.step)
         self._run_model: Callable[[PackedBatch], ModelOutput] = self.model.run
         if source.compile:
-            self._run_model = torch.compile(self.model.run, fullgraph=True, dynamic=True)
+            # Without emulation Inductor folds pairs of casts, and with them roundings.
+            self._run_model = torch.compile(
+                self.model.run,
+                fullgraph=True,
+                dynamic=True,
+                options={"emulate_precision_casts": True},
+            )
         self._batches: Iterator[tuple[int, list[int]]] = self._order.batches(
             self.step * config.optimizer.accumulate
         )
