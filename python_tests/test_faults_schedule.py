@@ -92,12 +92,11 @@ def test_bits_under_every_decision(seed: int) -> None:
     with clean_engine() as engine:
         lives = busy_life(engine, random.Random(seed))
         found = [bits(session) for session, _ in lives]
+        num_degraded = sum(one.reason == "degraded" for _, turns in lives for one in turns)
+        assert sum(engine.stats().degraded.values()) == num_degraded
         for session, _ in lives:
             session.close()
         reasons = {one.reason for _, turns in lives for one in turns}
         assert "degraded" in reasons and len(reasons) > 1
         for number, ((_, turns), went) in enumerate(zip(lives, found, strict=True)):
             assert lived_again(engine, number, turns) == went
-        stats = engine.stats()
-        degraded = sum(one.reason == "degraded" for _, turns in lives for one in turns)
-        assert sum(stats.degraded.values()) == degraded
