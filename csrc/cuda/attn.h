@@ -471,7 +471,8 @@ session_attn_kernel(const TML_GRID_CONSTANT AttnParams p) {
 
   UnitWalk ahead{0, span.segment_begin() + part};
   ahead.unit = ahead.first_of(span);
-  const std::uint64_t policy = evict_first();
+  // Few queries read a page once; the tiles of a long step read it again and again.
+  const std::uint64_t policy = p.num_parts > 1 ? evict_first() : evict_normal();
   int ahead_stage = 0;
   const auto load_next = [&] {  // one thread's
     if (!ahead.settle(span, p.num_parts, table)) return;

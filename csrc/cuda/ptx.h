@@ -70,9 +70,9 @@ TML_DEVICE std::uint64_t evict_first() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-TML_DEVICE std::uint64_t evict_last() {
+TML_DEVICE std::uint64_t evict_normal() {
   std::uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 // num_bytes (a multiple of 16) of contiguous global memory; completes on the barrier.
@@ -198,7 +198,7 @@ inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
 }
 inline void proxy_fence() {}
 inline std::uint64_t evict_first() { return 0; }
-inline std::uint64_t evict_last() { return 0; }
+inline std::uint64_t evict_normal() { return 0; }
 inline void bulk_load(void* shared, const void* global, std::uint32_t num_bytes,
                       std::uint64_t* barrier, std::uint64_t) {
   simt::later([=] {
