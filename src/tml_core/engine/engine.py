@@ -69,6 +69,9 @@ class _Runner(Protocol):
     @property
     def max_step_tokens(self) -> int: ...
 
+    @property
+    def kernel_s(self) -> float: ...
+
     def run(self, inputs: SequenceOf[StepInput]) -> list[Tensor]: ...
 
     def run_beside(
@@ -90,6 +93,10 @@ class StepModel(Protocol):
     @property
     def vocab_size(self) -> int:
         """Tokens there are."""
+
+    @property
+    def encoder_s(self) -> float:
+        """Time in the encoders so far."""
 
     @property
     def store(self) -> SequenceStore:
@@ -139,6 +146,7 @@ class EngineLoop:
         self.counters = EngineCounters()
         self.costs = CostModel()
         self._last_size = (0, 0)
+        self._other_kernel_s = 0.0  # beside what the model and its runner note themselves
         # Rows of a step of single tokens, in fixed memory.
         num_slots = model.store.kv.num_slots
         self._rows = StepBatch(num_slots, num_slots)
@@ -313,7 +321,6 @@ class EngineLoop:
             except queue.Empty:
                 self._park_idle()
         self._drain()
-        self._give_up_unread()
 
     def _next_alarm_s(self) -> float | None:
         """Seconds until something is to be done that nobody will post; None if nothing is."""
@@ -435,8 +442,10 @@ class EngineLoop:
         # Some have ended since the last step: their session was closed, or nobody read them.
         self._follow_up()
         begin_s = time.perf_counter()
-        kernel_s = self.counters.kernel_s
+        kernel_s = self._kernel_s()
         ready = [job for job in self._jobs if not job.is_resting]
+        if len(ready) < len(self._jobs):
+            self._give_up_unread()
         bringing = [job for job in ready if self._guarded(job, lambda job=job: self._begin(job))]  # type: ignore[misc]
         size = (0, 0)
         if bringing:
@@ -444,9 +453,14 @@ class EngineLoop:
         if ready:
             self._follow_up()
             busy_s = time.perf_counter() - begin_s
-            self.counters.host_s += busy_s - (self.counters.kernel_s - kernel_s)
+            kernel_s = self._kernel_s() - kernel_s
+            self.counters.kernel_s += kernel_s
+            self.counters.host_s += busy_s - kernel_s
             if size != (0, 0):
                 self._learn(size, busy_s)
+
+    def _kernel_s(self) -> float:
+        return self._model.encoder_s + self._model.runner.kernel_s + self._other_kernel_s
 
     def _learn(self, size: tuple[int, int], seconds: float) -> None:
         # The same step over and over teaches little, and is not free.
@@ -481,16 +495,17 @@ class EngineLoop:
             slots, positions, token_ids = zip(*ahead, strict=True)
             inputs = [job.piece(count) for job, count in pieces]
             self._token_ids[: len(ahead)] = token_ids
-            run_s = time.perf_counter()
-            x_BD = self._model.backbone.embed_ids(self._ids_B[: len(ahead)])
             if not inputs:
                 self._rows.fill_single(slots, positions)
+                begin_kernel_s = time.perf_counter()
+                x_BD = self._model.backbone.embed_ids(self._ids_B[: len(ahead)])
                 h_BD = self._model.backbone.step(x_BD, self._rows, self._model.store.kv)
+                self._other_kernel_s += time.perf_counter() - begin_kernel_s
             else:
+                x_BD = self._model.backbone.embed_ids(self._ids_B[: len(ahead)])
                 singles = Singles(slots, positions, x_BD)
                 hidden, h_BD = self._model.runner.run_beside(inputs, singles)
                 done = list(zip((job for job, _ in pieces), hidden, strict=True))
-            self.counters.kernel_s += time.perf_counter() - run_s
         except Exception:
             # Nobody knows how far it got, or because of whom.
             for job, _ in pieces:
@@ -557,10 +572,7 @@ class EngineLoop:
     def _prepare(self, job: Job) -> bool:
         job.bring_tokens()
         if not job.is_prepared:
-            begin_s = time.perf_counter()
-            step_input = self._model.prepare(job.seat.sequence, job.segments)
-            self.counters.kernel_s += time.perf_counter() - begin_s
-            job.prepare(step_input)
+            job.prepare(self._model.prepare(job.seat.sequence, job.segments))
         return True
 
     def _append(self, step: SequenceOf[tuple[Job, int]]) -> list[tuple[Job, Tensor]]:
@@ -568,9 +580,7 @@ class EngineLoop:
         error ends only the turn it belongs to."""
         try:
             pieces = [job.piece(count) for job, count in step]
-            begin_s = time.perf_counter()
             hidden = self._model.runner.run(pieces)
-            self.counters.kernel_s += time.perf_counter() - begin_s
             return list(zip((job for job, _ in step), hidden, strict=True))
         except PoolExhausted as error:
             if not self._make_room(None) and len(step) == 1:
@@ -593,7 +603,7 @@ class EngineLoop:
             rows = self._samples.fill([job.request for job in jobs])
             begin_s = time.perf_counter()
             tokens, logprobs = self._model.backbone.sample(h_BD, rows)
-            self.counters.kernel_s += time.perf_counter() - begin_s
+            self._other_kernel_s += time.perf_counter() - begin_s
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].fail(error)

@@ -80,6 +80,7 @@ class Job:
     ) -> None:
         self.seat = seat
         self._parts = list(parts)
+        self.turn: Turn = self._parts[-1].turn  # the one that is answered
         self._is_last_silent = is_last_silent
         self._phase = _Phase.QUEUED
         self._segments: tuple[Segment | Block, ...] = ()
@@ -112,11 +113,6 @@ class Job:
         return self.turn.is_full and self.turn.cancelled is None
 
     @property
-    def turn(self) -> Turn:
-        """The turn that is answered."""
-        return self._parts[-1].turn
-
-    @property
     def deadline_s(self) -> float:
         """When its last turn should have ended, in `time.perf_counter`; inf without a deadline."""
         return self.turn.clock.deadline_s
@@ -139,6 +135,9 @@ class Job:
 
     def begin_step(self) -> bool:
         """Decide what the next step appends; False if the turns have ended instead."""
+        self._rested_since_s = None
+        if self._phase is _Phase.SAMPLING and len(self._parts) == 1 and not self.turn.cancelled:
+            return True
         if not self._obey_cancels():
             return False
         if self._phase == _Phase.CLOSING:
@@ -297,7 +296,8 @@ class Job:
         clock.num_output_tokens += 1
         if not clock.first_s:
             clock.first_s = time.perf_counter()
-        if not output.is_done and self._would_miss("shrink_output", costs, batch_size):
+        is_shrinking = self.seat.degrade == "shrink_output" and not output.is_done
+        if is_shrinking and self._would_miss("shrink_output", costs, batch_size):
             events += self._degraded(
                 "shrink_output",
                 f"the output was closed after {clock.num_output_tokens} tokens to keep the clock",
@@ -369,6 +369,8 @@ class Job:
                         encoded = seat.encode(part, state)
                 except Exception as error:
                     self._parts.remove(part)
+                    if self._parts:
+                        self.turn = self._parts[-1].turn
                     self._end_some([part], [Ending(part.turn, (), error)])
                     continue
             else:
@@ -491,7 +493,7 @@ class Job:
 
     def _begin_again(self, parts: list[Part]) -> None:
         """Go on with these parts alone, from their input on."""
-        self._parts = parts
+        self._parts, self.turn = parts, parts[-1].turn
         self._phase = _Phase.QUEUED
         self._segments, self._input, self._num_fed = (), None, 0
         self._is_behind = False

@@ -5,6 +5,7 @@ Legend: T positions, V vocabulary.
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -48,7 +49,7 @@ class Model:
 
     ``fingerprint`` names configuration and weights. ``is_trained`` is False for a model whose
     weights are a random initialisation. ``store`` and ``runner`` serve all its sequences, from one
-    thread at a time.
+    thread at a time. ``encoder_s``: time in the encoders so far.
     """
 
     device: Final = torch.device("cpu")
@@ -68,6 +69,7 @@ class Model:
         self.tokenizer: Final = tokenizer
         self.runner: Final = StepRunner(backbone, store, max_step_tokens=max_step_tokens)
         self.dmel_config: Final = _dmel_config(config)
+        self.encoder_s = 0.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +134,9 @@ class Model:
     ) -> StepInput:
         """Embed what a sequence is about to append; nothing changes until the runner commits it."""
         framed, carry = self._framed(sequence.carry, segments, flush_audio)
+        begin_s = time.perf_counter()
         embedded = self.backbone.embed(framed)
+        self.encoder_s += time.perf_counter() - begin_s
         self._name_images(framed, embedded.token_ids)
         return StepInput(sequence, embedded.x_TD, embedded.token_ids, embedded.blocks, carry)
 

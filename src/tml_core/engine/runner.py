@@ -3,6 +3,7 @@
 Legend: T new positions of one sequence, D hidden size.
 """
 
+import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
@@ -89,7 +90,8 @@ class StepRunner:
     """Appends to sequences of one store, together and all or nothing.
 
     What is longer than ``max_step_tokens`` goes in several steps, cut anywhere but inside a block;
-    a longer block is a step of its own. Results do not depend on it.
+    a longer block is a step of its own. Results do not depend on it. ``kernel_s``: time in the
+    model so far.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class StepRunner:
             )
         self.store = store
         self.max_step_tokens = max_step_tokens
+        self.kernel_s = 0.0
         self._backbone = backbone
         self._batch = StepBatch(store.kv.num_slots, max_step_tokens)
 
@@ -194,7 +197,9 @@ class StepRunner:
                 batch.add(slot, position, 1)
             rows.append(singles.x_BD)
         x_TD = rows[0] if len(rows) == 1 else torch.cat(rows)
+        begin_s = time.perf_counter()
         h_TD = self._backbone.step(x_TD, batch, self.store.kv)
+        self.kernel_s += time.perf_counter() - begin_s
         offset = 0
         for index, start, stop in step:
             parts[index].append(h_TD[offset : offset + stop - start])

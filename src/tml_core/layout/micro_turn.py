@@ -70,6 +70,9 @@ class _Phase(Enum):
     CALL = "call"
     DONE = "done"
 
+    # Looked up with every token; members are the same only if they are one.
+    __hash__ = object.__hash__
+
 
 class OutputGrammar:
     """The token kinds of one vocabulary, and the bit masks of what may follow; made once a model.
