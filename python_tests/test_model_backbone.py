@@ -230,6 +230,37 @@ def test_logprobs_are_the_samplers(
     torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)  # fp32 sum order
 
 
+def test_results_go_where_they_are_wanted(
+    tiny: dict[torch.dtype, tuple[ModelConfig, Backbone]],
+) -> None:
+    from tml_core.ops.lm_head import SampleRows
+
+    config, backbone = tiny[torch.bfloat16]
+    ids, width = torch.arange(5, 14), config.text.hidden_size
+    rows = SampleRows(
+        torch.zeros(1), torch.zeros(1).int(), torch.ones(1), torch.tensor([3]), torch.tensor([9])
+    )
+
+    def step(**out: torch.Tensor) -> torch.Tensor:
+        batch = StepBatch(NUM_SLOTS, 16)
+        batch.add(0, 0, len(ids))
+        kv = store(config, torch.bfloat16)
+        return backbone.step(backbone.embed_ids(ids).clone(), batch, kv, **out)
+
+    x, h = (torch.full((len(ids), width), float("nan")).bfloat16() for _ in range(2))
+    drawn = torch.full((1,), -1), torch.full((1,), float("nan"))
+    assert backbone.embed_ids(ids, out_TD=x) is x and step(out_TD=h) is h
+    assert backbone.sample(h[-1:], rows, out_B=drawn) == drawn
+    assert torch.equal(x, backbone.embed_ids(ids)) and torch.equal(h, step())
+    for got, expected in zip(drawn, backbone.sample(h[-1:], rows), strict=True):
+        assert torch.equal(got, expected)
+    narrow = torch.zeros(len(ids), width - 1).bfloat16()
+    with pytest.raises(errors.InvalidArgument, match=r"embed: out must be of shape \[9, "):
+        backbone.embed_ids(ids, out_TD=narrow)
+    with pytest.raises(errors.InvalidArgument, match=r"decoder_step: out must be of shape \[9, "):
+        step(out_TD=narrow)
+
+
 def test_embed_refusals(tiny: dict[torch.dtype, tuple[ModelConfig, Backbone]]) -> None:
     config, backbone = tiny[torch.bfloat16]
     vocab = config.text.vocab_size

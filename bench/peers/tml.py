@@ -72,6 +72,9 @@ class TmlEngine:
         self._samples = RowBuffers(1, len(self._allowed))
         self._rows = StepBatch(1, 1)
         self._ids_1 = torch.zeros(1, dtype=torch.int64)
+        width, dtype = model.config.text.hidden_size, model.backbone.dtype
+        self._x_1D, self._h_1D = torch.zeros(2, 1, width, dtype=dtype)
+        self._drawn = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
 
     @property
     def context_len(self) -> int:
@@ -96,12 +99,14 @@ class TmlEngine:
         for position in range(tip, tip + NUM_DECODED):
             self._rows.fill_single((slot,), (position,))
             self._ids_1[0] = tokens[-1]
-            h_1D = backbone.step(backbone.embed_ids(self._ids_1), self._rows, kv)
-            tokens.append(self._choose(h_1D, position + 1))
+            backbone.embed_ids(self._ids_1, out_TD=self._x_1D)
+            backbone.step(self._x_1D, self._rows, kv, out_TD=self._h_1D)
+            tokens.append(self._choose(self._h_1D, position + 1))
         sequence.commit(text_records(tokens[:-1]))
         return TurnTime(middle - start, time.perf_counter() - middle, tokens)
 
     def _choose(self, h_1D: Tensor, position: int) -> int:
         request = SampleRequest(_GREEDY, self.sequence.seed, position, self._allowed)
-        tokens, _ = self.model.backbone.sample(h_1D, self._samples.fill([request]))
+        rows = self._samples.fill([request])
+        tokens, _ = self.model.backbone.sample(h_1D, rows, out_B=self._drawn)
         return int(tokens)

@@ -98,13 +98,16 @@ class Backbone:
         token_ids = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
         return EmbeddedSegments(x_TD, token_ids, tuple(blocks))
 
-    def embed_ids(self, ids_T: Tensor) -> Tensor:
+    def embed_ids(self, ids_T: Tensor, *, out_TD: Tensor | None = None) -> Tensor:
         """Embeddings [T, D] of token ids, int64 [T]: those of ``embed([Tokens(ids)])``."""
-        return embed(ids_T, self._embed_table, self._embed_norm, self.config.text.rms_eps)
+        eps = self.config.text.rms_eps
+        return embed(ids_T, self._embed_table, self._embed_norm, eps, out_TH=out_TD)
 
-    def step(self, x_TD: Tensor, batch: StepBatch, kv: KvStore) -> Tensor:
+    def step(
+        self, x_TD: Tensor, batch: StepBatch, kv: KvStore, *, out_TD: Tensor | None = None
+    ) -> Tensor:
         """All layers over a ragged step; see ``Decoder.step``."""
-        return self.decoder.step(x_TD, batch, kv)
+        return self.decoder.step(x_TD, batch, kv, out_TD=out_TD)
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """fp32 [T, V] of hidden states the step returned."""
@@ -114,9 +117,11 @@ class Backbone:
         """fp32 [T]: log-probability of ``targets_T`` (int64), without a [T, V] tensor."""
         return lm_head_logprobs(h_TD, self._head, self.vocab_size, targets_T)
 
-    def sample(self, h_BD: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, h_BD: Tensor, rows: SampleRows, *, out_B: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One token a row: (ids int64 [B], log-probabilities fp32 [B])."""
-        return lm_head_sample(h_BD, self._head, self.vocab_size, rows)
+        return lm_head_sample(h_BD, self._head, self.vocab_size, rows, out_B=out_B)
 
     def _embed_piece(self, piece: Segment) -> tuple[Tensor, Tensor]:
         if isinstance(piece, Tokens):

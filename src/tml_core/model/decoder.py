@@ -46,12 +46,14 @@ class Decoder:
         for layer in range(config.num_layers):
             self._add_layer(layer, weights)
 
-    def step(self, x_TD: Tensor, batch: StepBatch, kv: KvStore) -> Tensor:
+    def step(
+        self, x_TD: Tensor, batch: StepBatch, kv: KvStore, *, out_TD: Tensor | None = None
+    ) -> Tensor:
         """Run the step's tokens through every layer.
 
         x_TD: embeddings [T, D] of the model dtype, overwritten. K, V and convolution rows of the
         batch's sequences are written in place in ``kv``. Returns h [T, D]: the final norm of the
-        hidden states over mup, what the vocabulary head takes.
+        hidden states over mup, what the vocabulary head takes; in ``out_TD`` if given.
         """
         refuse_grad("decoder_step", x=x_TD)
         if x_TD.shape != (batch.num_tokens, self.config.hidden_size):
@@ -59,7 +61,7 @@ class Decoder:
                 f"decoder_step: x must be [{batch.num_tokens}, {self.config.hidden_size}], "
                 f"got {list(x_TD.shape)}"
             )
-        h_TD = torch.empty_like(x_TD)
+        h_TD = torch.empty_like(x_TD) if out_TD is None else out_TD
         self._step.run(
             x_TD,
             h_TD,

@@ -9,23 +9,29 @@ import torch
 from torch import Tensor
 
 from tml_core import _ext
-from tml_core.ops._common import num_threads
+from tml_core.ops._common import num_threads, refuse_grad
 from tml_core.ops._library import is_recorded, register_op
 from tml_core.ops.rms_norm import rms_norm_reference
 
 __all__ = ["dmel_embed", "dmel_embed_reference", "embed", "embed_reference"]
 
 
-def embed(ids_T: Tensor, table_VH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+def embed(
+    ids_T: Tensor, table_VH: Tensor, weight_H: Tensor, eps: float, *, out_TH: Tensor | None = None
+) -> Tensor:
     """rms_norm(table[ids]).
 
     ids_T: int64 [T]; table_VH: [V, H] fp32 or bf16; weight_H: [H] of the norm, same dtype.
-    Returns [T, H]. Differentiable in table (a dense gradient) and weight. Off the CPU this is
-    ``embed_reference``. Raises InvalidArgument, before anything is written, on an id outside
+    Returns [T, H], which is ``out_TH`` where given (CPU, not differentiable). Differentiable in
+    table (a dense gradient) and weight. Off the CPU this is ``embed_reference``. Raises InvalidArgument, before anything is written, on an id outside
     [0, V), and on another dtype, shape or layout.
     """
     if not table_VH.is_cpu:
         return embed_reference(ids_T, table_VH, weight_H, eps)
+    if out_TH is not None:
+        refuse_grad("embed", table=table_VH, weight=weight_H)
+        _ext.embed(ids_T, table_VH, weight_H, eps, out_TH, num_threads())
+        return out_TH
     run = _embed if is_recorded(table_VH, weight_H) else _embed_kernel
     y_TH: Tensor = run(ids_T, table_VH, weight_H, eps)
     return y_TH

@@ -71,17 +71,23 @@ def lm_head_logprobs(
 
 
 def lm_head_sample(
-    h_BH: Tensor, weight: PackedWeight, vocab_size: int, rows: SampleRows
+    h_BH: Tensor,
+    weight: PackedWeight,
+    vocab_size: int,
+    rows: SampleRows,
+    *,
+    out_B: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token per row: ids int64 [B] and their log-probabilities fp32 [B].
+    """One token per row: ids int64 [B] and their log-probabilities fp32 [B], in ``out_B`` if given.
 
     Gumbel-max with Philox4x32-10 keyed by (seed, position, id): a row draws the same token in any
     batch. Ties go to the lower id. The log-probability is the model's own: temperature 1, nothing
     masked. Raises InvalidArgument on shapes, dtypes and values out of range.
     """
     _check("lm_head_sample", h_BH, weight, vocab_size)
-    tokens_B = torch.empty(h_BH.shape[0], dtype=torch.int64)
-    logprobs_B = torch.empty(h_BH.shape[0])
+    if out_B is None:
+        out_B = torch.empty(h_BH.shape[0], dtype=torch.int64), torch.empty(h_BH.shape[0])
+    tokens_B, logprobs_B = out_B
     _ext.lm_head_sample(
         h_BH,
         weight.data,
