@@ -8,6 +8,7 @@ import pytest
 from tml_core import InvalidArgument, TickRecord, ToolResult
 from tml_core.background import ContextPackage, DeliveryPolicy, Job
 from tml_core.background.delivery import (
+    MAX_WAITING,
     OVERTAKEN,
     Entry,
     Floor,
@@ -276,6 +277,15 @@ def test_results_of_undone_calls_are_dropped() -> None:
     assert box.drop_undone(lambda _call_id: False) == []
     box.clear()
     assert (own.delivery, len(box)) == ("dropped", 0)
+
+
+def test_no_more_than_so_many_wait() -> None:
+    box = outbox()
+    jobs = [job(f"job-{index}") for index in range(MAX_WAITING + 1)]
+    for one in jobs:
+        box.add(entry(one))
+    assert len(box) == MAX_WAITING
+    assert (jobs[-2].delivery, jobs[-1].delivery) == ("waiting", "dropped")
 
 
 # What was overtaken.

@@ -733,6 +733,31 @@ def test_a_streamed_answer_that_breaks_off(session: Session, how: str) -> None:
             assert said.endswith('degrees. "},"name":"background"}')
 
 
+def test_text_that_is_no_unicode_enters_as_far_as_it_is(session: Session) -> None:
+    with BackgroundRunner(Answers(lambda _request: "a \ud800 b"), policy=POLICY) as runner:
+        session.attach(runner)
+        job = runner.submit("tea", session=session)
+        until_idle(runner)
+        quietly(session, 3)
+        assert job.delivery == "delivered"
+        assert '"content":"a ? b"' in words_in(session)
+
+
+def test_tool_calls_of_the_model_take_no_place_of_jobs(session: Session) -> None:
+    release = threading.Event()
+
+    async def wait() -> str:
+        while not release.is_set():
+            await asyncio.sleep(0.001)
+        return "waited"
+
+    with BackgroundRunner(Answers(), [wait], policy=POLICY, max_jobs=1) as runner:
+        session.attach(runner)
+        spell(session, call_ids("wait"))
+        assert runner.submit("tea").result(WAIT_S) == Final("about tea")
+        release.set()
+
+
 def test_a_tool_with_a_long_name_needs_a_larger_budget(session: Session) -> None:
     def a_tool_with_quite_a_long_name_that_takes_many_tokens_to_spell_out() -> int:
         return 1

@@ -310,6 +310,19 @@ def test_a_source_that_fails_fails_the_start_and_the_others_end() -> None:
     with pytest.raises(TypeError, match="ended before it gave its tools"):
         BackgroundRunner(Steps(_call), [Empty()])
 
+    class Steer:
+        name = "background_steer"
+        description = ""
+        parameters: dict[str, Any] = {"type": "object"}  # noqa: RUF012
+
+    class Taken:
+        async def serve(self, opened: Any, closing: asyncio.Event) -> None:
+            opened.set_result([Steer()])
+            await closing.wait()
+
+    with pytest.raises(InvalidArgument, match="tools: the name 'background_steer' is taken"):
+        BackgroundRunner(Steps(_call), [Taken()])
+
 
 def _star(*args: int) -> int:
     return sum(args)

@@ -61,8 +61,8 @@ class Conflict(TmlError, RuntimeError):
 class Overloaded(TmlError, RuntimeError):
     """There is no capacity for this now; nothing was changed.
 
-    ``reason``: "sessions", "capacity", "pending" or "reader". ``retry_after_ms``: when trying again
-    may succeed.
+    ``reason``: "sessions", "capacity", "pending", "reader", "jobs" or "duplicate".
+    ``retry_after_ms``: when trying again may succeed.
     """
 
     def __init__(self, message: str, *, reason: str, retry_after_ms: int) -> None:

@@ -284,6 +284,8 @@ class Attachment:
         )
 
     def _capped(self, text: str) -> str:
+        # Half a surrogate pair, which JSON can bring, is no text for a tokenizer.
+        text = text.encode("utf-8", "replace").decode()
         if len(text) <= self._max_chars:
             return text
         return f"{text[: self._max_chars]} [cut: {self._max_chars} of {len(text)} characters]"

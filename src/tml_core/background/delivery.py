@@ -21,6 +21,7 @@ from tml_core.layout.chunk import ToolResult
 from tml_core.media.micro_turns import TICK_MS
 
 __all__ = [
+    "MAX_WAITING",
     "OVERTAKEN",
     "SILENT",
     "DeliveryPolicy",
@@ -35,6 +36,7 @@ __all__ = [
 
 # Deliveries that are over are remembered for rewinds that undo them.
 _NUM_REMEMBERED: Final = 64
+MAX_WAITING: Final = 256
 _MIN_TEXT_TOKENS: Final = 16
 _SENTENCE_END: Final = re.compile(r"[.!?:;]\s+|\n")
 _MIN_SENTENCE: Final = 24
@@ -169,7 +171,10 @@ class Outbox:
         return len(self._entries)
 
     def add(self, entry: Entry) -> None:
-        """Let a result wait for its moment."""
+        """Let a result wait for its moment; with `MAX_WAITING` before it, it is dropped."""
+        if len(self._entries) >= MAX_WAITING:
+            entry.job.delivery = "dropped"
+            return
         entry.number = self._count
         self._count += 1
         self._entries.append(entry)

@@ -155,10 +155,8 @@ class BackgroundRunner:
             max_output_bytes=max_output_bytes,
             max_parallel=max_parallel_tools,
             max_threads=max_tool_threads,
+            reserved=(DELEGATE, STEER, CANCEL),
         )
-        for name in (DELEGATE, STEER, CANCEL):
-            if name in self._toolbox:
-                raise InvalidArgument(f"tools: the name {name!r} is taken by the runner itself")
         # The thread must not keep a runner alive that nobody holds.
         ended, wrote = weakref.WeakMethod(self._ended), weakref.WeakMethod(self._wrote)
         self._loop = RunnerLoop(
@@ -321,7 +319,7 @@ class BackgroundRunner:
                 and running.steer(package.request)
             ):
                 return running
-            if len(self._running) >= self._max_jobs:
+            if sum(one.is_delegated for one in self._running.values()) >= self._max_jobs:
                 raise Overloaded(
                     f"submit: all {self._max_jobs} jobs (max_jobs) are running",
                     reason="jobs",
@@ -371,6 +369,8 @@ class BackgroundRunner:
             if origin.attachment is not None and not origin.attachment.is_closed:
                 outcome = job.result()
                 origin.attachment.deliver(job, outcome, origin.seen_tick, _name_of(job))
+        except InvalidArgument:
+            job.delivery = "dropped"  # the session's tokenizer cannot spell it
         finally:
             with self._idle:
                 del self._running[job]

@@ -84,6 +84,7 @@ class Toolbox:
     """All tools of a runner, by name.
 
     ``timeout_s`` and ``max_output_bytes`` hold for each call, ``max_parallel`` for all together.
+    ``reserved``: names no tool may have.
     """
 
     def __init__(
@@ -94,7 +95,9 @@ class Toolbox:
         max_output_bytes: int,
         max_parallel: int,
         max_threads: int,
+        reserved: Sequence[str] = (),
     ) -> None:
+        self._reserved = reserved
         self._timeout_s = timeout_s
         self._max_output_bytes = max_output_bytes
         self._slots = asyncio.Semaphore(max_parallel)
@@ -117,6 +120,10 @@ class Toolbox:
     def add(self, tools: Sequence[Tool]) -> None:
         """Make tools known; raises InvalidArgument for a name that is taken."""
         for tool in tools:
+            if tool.name in self._reserved:
+                raise InvalidArgument(
+                    f"tools: the name {tool.name!r} is taken by the runner itself"
+                )
             if tool.name in self._tools:
                 raise InvalidArgument(f"tools: expected distinct names, got {tool.name!r} twice")
             self._tools[tool.name] = tool
