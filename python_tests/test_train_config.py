@@ -56,6 +56,7 @@ def test_a_file_is_read_with_paths_beside_it(tmp_path: Path) -> None:
         ('path = "start"', 'dtype = "int8"\npath = "x"', "model.dtype: expected one of"),
         ("[loss]", "[optimizer]\nkind = 'sgd'\n[loss]", "optimizer.kind: .* got 'sgd'"),
         ("[loss]", "[optimizer]\nbeta1 = 1.0\n[loss]", "optimizer.beta1: expected 0 to below 1"),
+        ('path = "start"', 'device = "tpu"\npath = "x"', "model.device: expected cpu or cuda, got"),
         ("[loss]", "[loss", "cannot be read"),
         ("[model]\n", "model = 3\n[other]\n", "config: expected tables|model must be a table"),
     ],

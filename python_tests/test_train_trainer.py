@@ -305,6 +305,20 @@ def test_data_is_checked_before_training(model: Path, tmp_path: Path) -> None:
         Trainer(make_run(tmp_path, model, data={"path": "/nowhere"}))
 
 
+def test_transcripts_may_come_from_anywhere(model: Path, tmp_path: Path) -> None:
+    transcripts = random_transcripts(ModelConfig.from_path(model), 9)
+    packed = Trainer(make_run(tmp_path, model, data={"shuffle": False}))
+    given = Trainer(make_run(tmp_path, model, data={"shuffle": False}), iter(transcripts))
+    assert packed.train_step().loss == given.train_step().loss
+    assert_same(everything(packed), everything(given))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device it asks for")
+def test_a_device_that_is_not_there_is_named(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(errors.Unsupported, match=r"model.device: cuda:1 is not there"):
+        Trainer(make_run(tmp_path, model, model={"device": "cuda:1"}))
+
+
 def test_streams_weigh_what_they_are_told(model: Path, tmp_path: Path) -> None:
     config = make_run(tmp_path, model, loss={"silence": 0.0, "control": 0.0, "call": 2.0})
     trainer = Trainer(config)

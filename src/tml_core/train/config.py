@@ -1,6 +1,6 @@
 """What a training run is told: a TOML file, read into frozen dataclasses that refuse unknown keys.
 
-    [model]     path, dtype, recompute, compile
+    [model]     path, dtype, device, recompute, compile
     [data]      path, batch_tokens, max_positions, seed, shuffle, skip_corrupt
     [optimizer] kind, learning_rate, ..., clip_norm, accumulate, router_bias_rate
     [loss]      the weight of each stream
@@ -10,6 +10,7 @@ Relative paths are relative to the file.
 """
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -39,14 +40,18 @@ class ModelSource:
     """Where training begins. ``path``: "nano" or a checkpoint directory; one whose config names an
     ``init_seed`` needs no weights. ``dtype``: of the model that is trained and served; masters are
     float32. ``recompute``: run layers again in the backward pass instead of keeping their parts.
-    ``compile``: trace the step with torch.compile."""
+    ``compile``: trace the step with torch.compile. ``device``: "cpu", or a CUDA device, which runs
+    the references in plain torch; the same bits after a resume are promised on the CPU."""
 
     path: str
     dtype: str = "bfloat16"
     recompute: bool = False
     compile: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise InvalidArgument(f"model.device: expected cpu or cuda, got {self.device!r}")
         if self.dtype not in _DTYPES:
             raise InvalidArgument(
                 f"model.dtype: expected one of {sorted(_DTYPES)}, got {self.dtype!r}"

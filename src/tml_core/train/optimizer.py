@@ -139,7 +139,7 @@ class Optimizer:
                     f"optimizer: {full_name} must be {list(parameter.shape)}, "
                     f"got {list(value.shape)}"
                 )
-            optimizer.state[parameter][key] = value.clone()
+            optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from tml_core.errors import CheckpointError, InvalidArgument, TmlError
+from tml_core.errors import CheckpointError, InvalidArgument, TmlError, Unsupported
 from tml_core.layout.state import Stream
 from tml_core.model.config import ModelConfig, bundled_path
 from tml_core.model.tokenizer import load_tokenizer
@@ -83,19 +83,27 @@ class Trainer:
     """A run, begun or resumed: ``config.run.folder`` with checkpoints goes on from the newest.
 
     ``data``: transcripts, instead of those at ``config.data.path``. Raises InvalidArgument for
-    data the model cannot take, CheckpointError for a model, dataset or checkpoint that is missing
-    or damaged, or for a checkpoint of a run that was told something else, naming it.
+    data the model cannot take, Unsupported for a device that is not there, CheckpointError for a
+    model, dataset or checkpoint that is missing or damaged, or for a checkpoint of a run that was
+    told something else, naming it.
     """
 
-    def __init__(self, config: TrainConfig, data: Sequence[Transcript] | None = None) -> None:
+    def __init__(self, config: TrainConfig, data: Iterable[Transcript] | None = None) -> None:
         self.config = config
         source = config.model
+        self._device = torch.device(source.device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise Unsupported(f"model.device: {source.device} is not there")
         is_bundled = source.path == "nano"
         self._directory = bundled_path("nano") if is_bundled else Path(source.path)
         self.model_config = replace(
             ModelConfig.from_path(self._directory), is_trained=True, init_seed=None
         )
-        self._data = self._open_data() if data is None else data
+        self._data: Sequence[Transcript]
+        if data is None:
+            self._data = self._open_data()
+        else:
+            self._data = data if isinstance(data, Sequence) else list(data)
         self._order = self._make_order()
         self._folder = Path(config.run.folder)
         self._checkpoints = CheckpointFolder(self._folder / "checkpoints")
@@ -114,7 +122,7 @@ class Trainer:
         )
         self.model = TrainableModel(
             self.model_config, weights, source.torch_dtype, recompute=source.recompute
-        )
+        ).to(self._device)
         self._optimizer = Optimizer(dict(self.model.named_parameters()), config.optimizer)
         if checkpoint is not None:
             self._optimizer.load_state(checkpoint.optimizer_state())
@@ -131,7 +139,7 @@ class Trainer:
         self._batches: Iterator[tuple[int, list[int]]] = self._order.batches(
             self.step * config.optimizer.accumulate
         )
-        self._weights_S = stream_weights(config.loss.by_stream())
+        self._weights_S = stream_weights(config.loss.by_stream()).to(self._device)
 
     @property
     def step(self) -> int:
@@ -276,7 +284,8 @@ class Trainer:
         for _ in range(self.config.optimizer.accumulate):
             epoch, indices = next(self._batches)
             transcripts = [self._data[index] for index in indices]
-            batches.append(PackedBatch.pack(transcripts, self.model_config, max_positions=longest))
+            batch = PackedBatch.pack(transcripts, self.model_config, max_positions=longest)
+            batches.append(batch.to(self._device))
         return batches, epoch
 
     def _accumulate(self, batches: list[PackedBatch]) -> _Sums:
