@@ -28,6 +28,7 @@ from tml_core.model.config import ModelConfig, TextConfig, bundled_path
 from tml_core.model.kv_store import KvStore, kv_sizes
 from tml_core.model.tokenizer import load_tokenizer
 from tml_core.model.weights import load_weights
+from tml_core.ops import cuda
 from tml_core.sequence.sequence import Sequence
 from tml_core.sequence.store import SequenceStore
 from tml_core.sequence.token_log import IMAGE_ID
@@ -335,8 +336,9 @@ def _require_cpu(device: str | torch.device) -> None:
     except (RuntimeError, TypeError):
         raise InvalidArgument(f"device: expected 'cpu' or 'cuda', got {device!r}") from None
     if kind == "cuda":
+        cuda.require(torch.device(device).index or 0)
         raise Unsupported(
-            "device: 'cuda' asked for, but tml_core was built without CUDA; use 'cpu'"
+            "device: models do not run on 'cuda' yet, only tml_core.ops.cuda; use 'cpu'"
         )
     if kind != "cpu":
         raise InvalidArgument(f"device: expected 'cpu' or 'cuda', got {str(device)!r}")
