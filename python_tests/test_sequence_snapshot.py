@@ -185,7 +185,7 @@ def with_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("key", "value", "match"),
     [
         ("format", "other", "expected a snapshot of a sequence, got format 'other'"),
-        ("format_version", "2", "format_version is 2, expected 1"),
+        ("format_version", "1", "format_version is 1, expected 2"),
         ("contract_version", "9", "contract_version is 9, expected 1"),
         ("page_len", "64", "page_len is 64, expected 128"),
         ("dtype", "bfloat16", "dtype is bfloat16, expected float32"),

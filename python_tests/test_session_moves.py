@@ -1,8 +1,6 @@
 """Mark, rewind, fork, snapshot, restore: the whole session moves, also in the middle of a call."""
 
 import json
-import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from session_kit import (
     standing,
 )
 from tml_core import Chunk, Engine, SamplingParams, Session, errors
+from tml_core.sequence.snapshot import read_note
 
 
 @pytest.fixture(autouse=True)
@@ -134,12 +133,11 @@ def test_snapshot_and_restore_in_the_middle_of_a_call(tmp_path: Path) -> None:
 
 
 def rewritten(source: Path, target: Path, change: Any) -> Path:
-    """A copy of a session file with another header."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        header = json.loads(old.read("session.json"))
-        change(header)
-        new.writestr("session.json", json.dumps(header))
-        new.writestr("sequence.safetensors", old.read("sequence.safetensors"))
+    """A copy of a session file with another note."""
+    header = json.loads(read_note(source))
+    change(header)
+    with nano().restore_sequence(source) as sequence:
+        sequence.snapshot(target, note=json.dumps(header).encode())
     return target
 
 
@@ -150,7 +148,7 @@ def test_restore_refuses_what_does_not_fit(tmp_path: Path) -> None:
         session.snapshot(path)
     for change, message in [
         (lambda h: h.update(format="x"), "format: expected 'tml_core.session', got 'x'"),
-        (lambda h: h.update(version=2), "version: expected 1, got 2"),
+        (lambda h: h.update(version=1), "version: expected 2, got 1"),
         (lambda h: h.update(contract=0), "contract: expected 1, got 0"),
         (lambda h: h.update(layout="inkling chat"), "layout: expected 'micro-turn v1'"),
         (lambda h: h.update(state={}), "layout: expected the fields"),
@@ -163,8 +161,12 @@ def test_restore_refuses_what_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "short.tml").write_bytes(path.read_bytes()[:-100])
     (tmp_path / "text.tml").write_text("hello")
     for name in ("short.tml", "text.tml", "missing.tml"):
-        with pytest.raises(errors.SnapshotError, match=f"restore: .*{name} is not a session"):
+        with pytest.raises(errors.SnapshotError, match=f"restore: .*{name} cannot be read"):
             Session.restore(tmp_path / name, nano())
+    with nano().new_sequence() as sequence:
+        sequence.snapshot(tmp_path / "bare.tml")
+    with pytest.raises(errors.SnapshotError, match=r"bare\.tml is not a session"):
+        Session.restore(tmp_path / "bare.tml", nano())
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "damaged.tml").write_bytes(damaged)
@@ -185,7 +187,7 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_old_one(
         def full(*_: object) -> None:
             raise OSError("no space left on device")
 
-        monkeypatch.setattr(shutil, "copyfileobj", full)
+        monkeypatch.setattr("os.fsync", full)
         with pytest.raises(OSError, match="no space left"):
             session.snapshot(path)
         assert path.read_bytes() == old

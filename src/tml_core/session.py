@@ -6,7 +6,6 @@ runs many sessions of one model in common steps; a session opened without one sh
 engine with the other sessions of its model.
 """
 
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -495,11 +494,10 @@ class Session:
     def snapshot(self, path: str | Path) -> None:
         """Write the whole session to one file; an existing file is replaced once it is complete.
 
-        The file is a zip archive: the layout's state as JSON, the sequence as safetensors.
+        The file is safetensors: the sequence, and the layout's state as JSON.
         """
-        target = Path(path)
-        with self._idle("snapshot"), tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            write_session(self._host, self._seat, target, Path(folder))
+        with self._idle("snapshot"):
+            write_session(self._host, self._seat, Path(path))
 
     def park(self) -> None:
         """Put the session's memory into a file until it is used again, with the same bits.

@@ -1,13 +1,10 @@
-"""A session in one file, and back: a zip archive of two entries.
+"""A session in one file, and back: its sequence's, as `tml_core.sequence.snapshot` writes it.
 
-``session.json``: what the file is, the layout's state, sampling options, waiting tool results and
-the transcript. ``sequence.safetensors``: the sequence, as `tml_core.sequence.snapshot` writes it.
+The note in it is JSON: what the file is, the layout's state, sampling options, waiting tool results
+and the transcript.
 """
 
 import json
-import shutil
-import tempfile
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -21,19 +18,16 @@ from tml_core.layout.chat_template import ChatLayout, ChatState
 from tml_core.layout.chunk import ToolResult
 from tml_core.layout.micro_turn import MicroTurnState
 from tml_core.sequence.sequence import Sequence
+from tml_core.sequence.snapshot import read_note
 
 __all__ = ["read_session", "write_session"]
 
 _FORMAT: Final = "tml_core.session"
-_VERSION: Final = 1
-_HEADER_NAME: Final = "session.json"
-_SEQUENCE_NAME: Final = "sequence.safetensors"
+_VERSION: Final = 2
 
 
-def write_session(host: Host, seat: Seat, target: Path, folder: Path) -> None:
-    """Both halves into a file in ``folder``, then onto ``target``; the seat is idle."""
-    sequence_file, archive_file = folder / "sequence", folder / "archive"
-    host.loop.call(lambda: host.loop.awake(seat).snapshot(sequence_file))
+def write_session(host: Host, seat: Seat, target: Path) -> None:
+    """The session into a file that replaces ``target`` once it is complete; the seat is idle."""
     header = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -47,19 +41,8 @@ def write_session(host: Host, seat: Seat, target: Path, folder: Path) -> None:
         "waiting_items": [asdict(one) for one in seat.waiting_items],
         "transcript": [asdict(one) for one in seat.transcript],
     }
-    with zipfile.ZipFile(archive_file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(_zip_entry(_HEADER_NAME), json.dumps(header, sort_keys=True))
-        with (
-            sequence_file.open("rb") as source,
-            archive.open(_zip_entry(_SEQUENCE_NAME), "w", force_zip64=True) as entry,
-        ):
-            shutil.copyfileobj(source, entry, 1 << 20)
-    archive_file.replace(target)
-
-
-def _zip_entry(name: str) -> zipfile.ZipInfo:
-    # Without the time of writing the file is a function of the session alone.
-    return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    note = json.dumps(header, sort_keys=True).encode()
+    host.loop.call(lambda: host.loop.awake(seat).snapshot(target, note=note))
 
 
 def read_session(host: Host, path: Path) -> Seat:
@@ -69,17 +52,11 @@ def read_session(host: Host, path: Path) -> Seat:
     """
     what = f"restore: {path}"
     try:
-        with (
-            zipfile.ZipFile(path) as archive,
-            tempfile.TemporaryDirectory() as folder,
-        ):
-            header = json.loads(archive.read(_HEADER_NAME))
-            _require_fitting(what, header, host.layout.name)
-            sequence = host.model.restore_sequence(archive.extract(_SEQUENCE_NAME, folder))
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        if isinstance(error, SnapshotError):
-            raise
+        header = json.loads(read_note(path))
+    except ValueError as error:
         raise SnapshotError(f"{what} is not a session: {error}") from error
+    _require_fitting(what, header, host.layout.name)
+    sequence = host.model.restore_sequence(path)
     try:
         return _seat_from(host, header, sequence)
     except BaseException as error:

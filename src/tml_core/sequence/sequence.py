@@ -335,12 +335,12 @@ class Sequence:
 
     # Keeping and leaving.
 
-    def snapshot(self, path: str | Path, *, durable: bool = True) -> None:
-        """Write all of it to one file, which is replaced only once it is complete.
+    def snapshot(self, path: str | Path, *, note: bytes = b"", durable: bool = True) -> None:
+        """Write all of it, and ``note``, to one file, which is replaced only once it is complete.
 
         With ``durable`` only once it is on disk. Marks are not kept. The file is a function of the
-        state alone; its format is described in `tml_core.sequence.snapshot`. Raises OSError when
-        it cannot be written.
+        state alone; its format is described in `tml_core.sequence.snapshot`, whose `read_note`
+        gives the note back. Raises OSError when the file cannot be written.
         """
         slot = self._idle_slot("snapshot")
         write_snapshot(
@@ -352,6 +352,7 @@ class Sequence:
             carry=self._carry,
             retention=self.retention,
             boundaries=self._boundaries,
+            note=note,
             durable=durable,
         )
 

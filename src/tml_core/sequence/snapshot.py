@@ -9,20 +9,24 @@ fingerprint, dtype, page length) and holds the scalars. Its tensors, in this ord
   conv_rows                    [num_layers, 3, width]
   log                          uint8 [tip, 16], one record a position
   frame                        uint8 [H, W, 3], the frame waiting for its pair; absent without one
-  digest                       uint8 [32], over the metadata and every tensor before it
+  note                         uint8 [N], whatever the sequence's owner keeps beside it
+  digest                       uint8 [32], over the metadata and every byte of tensors before it:
+                               SHA-256 of the metadata and of the SHA-256 of each 4 MB block
 
 Pages go to and come from the file one by one, so that a long sequence is never in memory twice.
+Threads digest blocks meanwhile: at the speed of a disk one alone would be the bottleneck.
 """
 
 import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Self
 
 import numpy as np
 import torch
@@ -33,18 +37,19 @@ from torch import Tensor
 from tml_core.contract import CONTRACT_VERSION, PAGE_LEN
 from tml_core.errors import SnapshotError, TmlError
 from tml_core.media.dmel import DmelState
-from tml_core.model.kv_store import clean_page
+from tml_core.model.kv_store import as_bytes, clean_page
 from tml_core.sequence.page_table import PageTable, pages_for
 from tml_core.sequence.store import SequenceStore, Slot
 from tml_core.sequence.token_log import RECORD, TokenLog
 from tml_core.sequence.values import Carry, Retention
 
-__all__ = ["FORMAT_VERSION", "Saved", "open_snapshot", "write_snapshot"]
+__all__ = ["FORMAT_VERSION", "Saved", "open_snapshot", "read_note", "write_snapshot"]
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 _FORMAT: Final = "tml_core.sequence"
 _DIGEST_LEN: Final = 32
+_BLOCK_BYTES: Final = 4 << 20
 _DTYPES: Final = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
@@ -76,6 +81,7 @@ def write_snapshot(
     carry: Carry,
     retention: Retention | None,
     boundaries: list[int],
+    note: bytes = b"",
     durable: bool = True,
 ) -> None:
     """Write the sequence of ``slot``; an existing file is replaced once the new one is complete,
@@ -105,6 +111,7 @@ def write_snapshot(
     ]
     if carry.frame is not None:
         entries.append(_array_entry("frame", torch.from_numpy(carry.frame.copy())))
+    entries.append(_note_entry(note))
     with _replacing(path, durable) as file:
         _write_safetensors(file, meta, entries)
 
@@ -116,6 +123,7 @@ class Saved:
     def __init__(self, file: Any, path: Path, store: SequenceStore) -> None:
         self._file = file
         self._store = store
+        self._path = path
         self._what = f"restore: {path}"
         meta = dict(file.metadata() or {})
         self._meta: dict[str, str] = meta
@@ -144,6 +152,7 @@ class Saved:
             "conv_rows": (store.kv.dtype, [*store.kv.conv_rows.shape[1:]]),
             "log": (torch.uint8, [self.tip, RECORD.itemsize]),
             "boundaries": (torch.int64, [None]),
+            "note": (torch.uint8, [None]),
             "digest": (torch.uint8, [_DIGEST_LEN]),
         }
         names = list(file.keys())
@@ -169,40 +178,35 @@ class Saved:
         Raises SnapshotError when the contents are not those that were written, PoolExhausted
         without the pages; the slot is then to be closed.
         """
-        kv, end = self._store.kv, pages_for(self.tip)
+        end = pages_for(self.tip)
         self._store.require_pages(
             max(0, end - self._floor) + min(self._keep, end),
             end - self._sliding_floor,
             f"restoring {self.tip} positions",
         )
-        hasher = blake2b(_head(self._meta), digest_size=_DIGEST_LEN)
-        hasher.update(_raw(self._array("boundaries")).data)
-        for array in _audio_arrays(self.carry).values():
-            hasher.update(_raw(array).data)
-        for name, table, floor, pages, page_bytes in (
-            ("global_pages", slot.global_, self._floor, kv.global_pages, self._store.global_bytes),
-            (
-                "sliding_pages",
-                slot.sliding,
-                self._sliding_floor,
-                kv.sliding_pages,
-                self._store.sliding_bytes,
-            ),
-        ):
-            ids = table.adopt(table.keep, floor, end)
-            stored = self._file.get_slice(name)
-            for i, page_id in enumerate(ids.tolist()):
-                pages[page_id].copy_(stored[i : i + 1][0])
-                hasher.update(page_bytes[page_id].data)
-        slot.tip = self.tip
-        slot.conv.copy_(self._array("conv_rows"))
-        log_bytes = self._array("log").numpy()
-        hasher.update(_raw(slot.conv).data)
-        hasher.update(log_bytes.data)
-        if self.carry.frame is not None:
-            hasher.update(self.carry.frame.data)
-        if hasher.digest() != self._array("digest").numpy().tobytes():
-            self._refuse("its contents do not match its digest: the file is damaged")
+        store, log_bytes = self._store, self._array("log").numpy()
+        with self._path.open("rb", buffering=0) as file, _Digest(self._meta) as digest:
+            starts = _data_starts(file)
+            digest.update(_raw(self._array("boundaries")).data)
+            for array in _audio_arrays(self.carry).values():
+                digest.update(_raw(array).data)
+            for name, table, floor, page_bytes in (
+                ("global_pages", slot.global_, self._floor, store.global_bytes),
+                ("sliding_pages", slot.sliding, self._sliding_floor, store.sliding_bytes),
+            ):
+                file.seek(starts[name])
+                for page_id in table.adopt(table.keep, floor, end).tolist():
+                    _read_into(file, page_bytes[page_id].data)
+                    digest.update(page_bytes[page_id].data)
+            slot.tip = self.tip
+            slot.conv.copy_(self._array("conv_rows"))
+            digest.update(_raw(slot.conv).data)
+            digest.update(_raw(torch.from_numpy(log_bytes)).data)
+            if self.carry.frame is not None:
+                digest.update(self.carry.frame.reshape(-1).data)
+            digest.update(_raw(self._array("note")).data)
+            if digest.value() != self._array("digest").numpy().tobytes():
+                self._refuse("its contents do not match its digest: the file is damaged")
         log = TokenLog()
         log.append(log_bytes.reshape(-1).view(RECORD))
         return log
@@ -275,6 +279,26 @@ def open_snapshot(path: Path, store: SequenceStore) -> Iterator[Saved]:
         raise SnapshotError(f"restore: {path} cannot be read: {error}") from error
 
 
+def read_note(path: Path) -> bytes:
+    """The note of a snapshot, not yet checked against its digest.
+
+    Raises SnapshotError for a file that is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("format")
+            if found != _FORMAT or "note" not in file.keys():  # noqa: SIM118 (it has no __iter__)
+                raise SnapshotError(
+                    f"restore: {path}: expected a snapshot of a sequence, got format {found!r}"
+                )
+            note: bytes = file.get_tensor("note").numpy().tobytes()
+            return note
+    except TmlError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise SnapshotError(f"restore: {path} cannot be read: {error}") from error
+
+
 def _identity(store: SequenceStore) -> dict[str, str]:
     return {
         "format": _FORMAT,
@@ -298,8 +322,9 @@ def _audio_arrays(carry: Carry) -> dict[str, Tensor]:
 def _pages_entry(name: str, pages: Tensor, table: PageTable, tip: int) -> _Entry:
     ids = table.ids().tolist()
     num_last = tip - (table.end - 1) * PAGE_LEN  # positions in the last page
+    whole = as_bytes(pages)
     parts = (
-        clean_page(pages, page_id, num_last if i == len(ids) - 1 else PAGE_LEN)
+        clean_page(pages, page_id, num_last) if i == len(ids) - 1 else whole[page_id]
         for i, page_id in enumerate(ids)
     )
     page_bytes = pages[0].numel() * pages.element_size()
@@ -310,6 +335,10 @@ def _pages_entry(name: str, pages: Tensor, table: PageTable, tip: int) -> _Entry
 def _array_entry(name: str, array: Tensor) -> _Entry:
     raw = _raw(array)
     return _Entry(name, _DTYPES[array.dtype], tuple(array.shape), (raw,), len(raw))
+
+
+def _note_entry(note: bytes) -> _Entry:
+    return _Entry("note", "U8", (len(note),), (np.frombuffer(note, np.uint8),), len(note))
 
 
 def _raw(array: Tensor) -> NDArray[np.uint8]:
@@ -341,12 +370,72 @@ def _write_safetensors(file: BinaryIO, meta: Mapping[str, str], entries: list[_E
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)))
     file.write(text)
-    hasher = blake2b(_head(meta), digest_size=_DIGEST_LEN)
-    for entry in entries:
-        for part in entry.parts:
-            hasher.update(part.data)
-            file.write(part.data)
-    file.write(hasher.digest())
+    with _Digest(meta) as digest:
+        for entry in entries:
+            for part in entry.parts:
+                digest.update(part.data)
+                file.write(part.data)
+        file.write(digest.value())
+
+
+def _data_starts(file: BinaryIO) -> dict[str, int]:
+    """Where in the file each tensor's bytes begin."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+
+
+def _read_into(file: BinaryIO, memory: memoryview) -> None:
+    while memory:
+        count = file.readinto(memory)  # type: ignore[attr-defined]
+        if not count:
+            raise OSError("it ends too early")
+        memory = memory[count:]
+
+
+class _Digest:
+    """See the module. What `update` is given must stay as it is until `value` is called."""
+
+    def __init__(self, meta: Mapping[str, str]) -> None:
+        self._total = sha256(_head(meta))
+        self._block: list[memoryview] = []
+        self._room = _BLOCK_BYTES
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tml-digest")
+        self._pending: list[Future[bytes]] = []
+
+    def update(self, data: memoryview) -> None:
+        while data:
+            part, data = data[: self._room], data[self._room :]
+            self._block.append(part)
+            self._room -= len(part)
+            if not self._room:
+                self._submit()
+
+    def value(self) -> bytes:
+        if self._block:
+            self._submit()
+        for one in self._pending:
+            self._total.update(one.result())
+        self._pending.clear()
+        return self._total.digest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def _submit(self) -> None:
+        self._pending.append(self._threads.submit(_digest_of, self._block))
+        self._block, self._room = [], _BLOCK_BYTES
+
+
+def _digest_of(parts: list[memoryview]) -> bytes:
+    hasher = sha256()
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest()
 
 
 @contextmanager
