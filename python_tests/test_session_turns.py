@@ -319,16 +319,16 @@ def test_an_error_in_one_turn_ends_that_turn_alone(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_failing_step_is_repeated_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = nano().runner.run
+    stage = nano().runner.stage
 
-    def failing(inputs: list[object]) -> object:
+    def failing(inputs: list[object], singles: object = None) -> object:
         if any(one.sequence is bad._seat.sequence for one in inputs):  # type: ignore[attr-defined]
             raise errors.PoolExhausted("pages: none left")
-        return run(inputs)  # type: ignore[arg-type]
+        return stage(inputs, singles)  # type: ignore[arg-type]
 
     with Engine(nano()) as engine:
         good, bad = engine.open(seed=1), engine.open(seed=2)
-        monkeypatch.setattr(nano().runner, "run", failing)
+        monkeypatch.setattr(nano().runner, "stage", failing)
         turns = [one.append(noise(0)) for one in (good, bad)]
         together = turns[0].result(WAIT_S).events
         with pytest.raises(errors.PoolExhausted, match="pages: none left"):

@@ -682,7 +682,7 @@ def _record(part: Part, events: SequenceOf[Event], last_events: SequenceOf[Event
     """A turn in words; ``events`` of its output, ``last_events`` those it ended with."""
     chunk = part.chunk
     audio_S = None if chunk is None else chunk.audio
-    rms = None if audio_S is None else math.sqrt(float(np.square(audio_S, dtype=float).mean()))
+    rms = None if audio_S is None else math.sqrt(float(np.dot(audio_S, audio_S)) / len(audio_S))
     said = [one for one in events if isinstance(one, TextToken)]
     calls = [one for one in events if isinstance(one, ToolCall)]
     done = last_events[-1] if last_events else None

@@ -180,18 +180,21 @@ class StepRunner:
             sequence, x_TD, token_ids, blocks, _ = inputs[index]
             tip = sequence.tip
             sequence.reserve(stop - start)
-            first = bisect_right(blocks, start, key=_end)
-            last = bisect_right(blocks, stop, key=_end)
-            visible_end_T = batch.add(
-                sequence.slot.index,
-                tip,
-                stop - start,
-                [(begin - start, end - start) for begin, end in blocks[first:last]],
-            )
-            reach_T = visible_end_T - np.arange(tip, tip + stop - start)
+            ids_T = token_ids.numpy()
+            if stop - start < len(ids_T):
+                ids_T, x_TD = ids_T[start:stop], x_TD[start:stop]
+            slot_index, reach_T = sequence.slot.index, None
+            if blocks:
+                first = bisect_right(blocks, start, key=_end)
+                last = bisect_right(blocks, stop, key=_end)
+                own = [(begin - start, end - start) for begin, end in blocks[first:last]]
+                visible_end_T = batch.add(slot_index, tip, stop - start, own)
+                reach_T = visible_end_T - np.arange(tip, tip + stop - start)
+            else:
+                batch.add(slot_index, tip, stop - start)
             # Before the step, which uses the embeddings up.
-            pending.append(records(token_ids[start:stop].numpy(), reach_T, x_TD[start:stop]))
-            rows.append(x_TD[start:stop])
+            pending.append(records(ids_T, reach_T, x_TD))
+            rows.append(x_TD)
         if singles is not None:
             for slot, position in zip(singles.slots, singles.positions, strict=True):
                 batch.add(slot, position, 1)

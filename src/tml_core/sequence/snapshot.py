@@ -50,6 +50,7 @@ FORMAT_VERSION: Final = 2
 _FORMAT: Final = "tml_core.sequence"
 _DIGEST_LEN: Final = 32
 _BLOCK_BYTES: Final = 4 << 20
+_GROUP_LEN: Final = 256  # parts; the system takes no more than 1024 in one call
 _DTYPES: Final = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
@@ -194,10 +195,12 @@ class Saved:
                 ("global_pages", slot.global_, self._floor, store.global_bytes),
                 ("sliding_pages", slot.sliding, self._sliding_floor, store.sliding_bytes),
             ):
-                file.seek(starts[name])
-                for page_id in table.adopt(table.keep, floor, end).tolist():
-                    _read_into(file, page_bytes[page_id].data)
-                    digest.update(page_bytes[page_id].data)
+                ids = table.adopt(table.keep, floor, end).tolist()
+                start = starts[name]
+                for group in _grouped(page_bytes[page_id].data for page_id in ids):
+                    start = _read_group(file, start, group)
+                    for page in group:
+                        digest.update(page)
             slot.tip = self.tip
             slot.conv.copy_(self._array("conv_rows"))
             digest.update(_raw(slot.conv).data)
@@ -368,13 +371,12 @@ def _write_safetensors(file: BinaryIO, meta: Mapping[str, str], entries: list[_E
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)))
-    file.write(text)
+    file.write(struct.pack("<Q", len(text)) + text)
     with _Digest(meta) as digest:
-        for entry in entries:
-            for part in entry.parts:
-                digest.update(part.data)
-                file.write(part.data)
+        for group in _grouped(part.data for entry in entries for part in entry.parts):
+            for part in group:
+                digest.update(part)
+            _write_group(file, group)
         file.write(digest.value())
 
 
@@ -386,12 +388,45 @@ def _data_starts(file: BinaryIO) -> dict[str, int]:
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
 
-def _read_into(file: BinaryIO, memory: memoryview) -> None:
-    while memory:
-        count = file.readinto(memory)  # type: ignore[attr-defined]
+def _grouped(parts: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    """Parts in the order they come, some for each call of the system."""
+    group: list[memoryview] = []
+    num_bytes = 0
+    for part in parts:
+        group.append(part)
+        num_bytes += len(part)
+        if num_bytes >= _BLOCK_BYTES or len(group) == _GROUP_LEN:
+            yield group
+            group, num_bytes = [], 0
+    if group:
+        yield group
+
+
+def _read_group(file: BinaryIO, start: int, group: list[memoryview]) -> int:
+    """Fill the group from byte ``start`` of the file on; returns where it ended."""
+    rest = list(group)
+    while rest:
+        count = os.preadv(file.fileno(), rest, start)
         if not count:
             raise OSError("it ends too early")
-        memory = memory[count:]
+        start += count
+        rest = _without(rest, count)
+    return start
+
+
+def _write_group(file: BinaryIO, group: list[memoryview]) -> None:
+    rest = [part for part in group if part]
+    while rest:
+        rest = _without(rest, os.writev(file.fileno(), rest))
+
+
+def _without(group: list[memoryview], count: int) -> list[memoryview]:
+    """The group without its first ``count`` bytes."""
+    for index, part in enumerate(group):
+        if count < len(part):
+            return [part[count:], *group[index + 1 :]]
+        count -= len(part)
+    return []
 
 
 class _Digest:
@@ -443,9 +478,8 @@ def _replacing(path: Path, durable: bool) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` when the body is done, or else is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb", buffering=0) as file:
             yield file
-            file.flush()
             if durable:
                 os.fsync(file.fileno())
         temporary.replace(path)

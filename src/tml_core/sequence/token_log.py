@@ -26,12 +26,15 @@ Records = NDArray[Any]
 _BLOCK_LEN: Final = 32 * PAGE_LEN
 
 
-def records(token_ids_T: NDArray[np.int64], reach_T: NDArray[np.int64], x_TH: Tensor) -> Records:
-    """Log records of T positions: their ids, how far past themselves they see, their embeddings
-    [T, hidden] (looked at only where the id is negative)."""
+def records(
+    token_ids_T: NDArray[np.int64], reach_T: NDArray[np.int64] | None, x_TH: Tensor
+) -> Records:
+    """Log records of T positions: their ids, how far past themselves they see (None: nowhere), and
+    their embeddings [T, hidden] (looked at only where the id is negative)."""
     out = np.zeros(len(token_ids_T), RECORD)
     out["token_id"] = token_ids_T
-    out["reach"] = reach_T
+    if reach_T is not None:
+        out["reach"] = reach_T
     (media,) = (token_ids_T < 0).nonzero()
     if len(media):
         rows = x_TH.contiguous().view(torch.uint8).numpy()
