@@ -160,3 +160,20 @@ def test_head_has_the_same_numbers_everywhere() -> None:
     alone = cuda.lm_head_sample(h[9:10], weight, zeros[:1] + 1, seeds[9:10], seeds[9:10])
     assert torch.equal(warm[0][9:10], alone[0])
     assert torch.equal(warm[1][9:10], alone[1])
+
+
+def test_filters_keep_what_they_say() -> None:
+    rows, vocab = 40, 3000
+    h, weight = randn(rows, 128, seed=1), cuda.pack_weight(randn(vocab, 128, seed=2, scale=0.1))
+    logits = cuda.linear(h, weight, torch.float32)
+    hot = torch.full((rows,), 3.0, device="cuda")
+    seeds = torch.arange(rows, device="cuda")
+    top_k = torch.full((rows,), 7, dtype=torch.int32, device="cuda")
+    tokens, _ = cuda.lm_head_sample(h, weight, hot, seeds, seeds, top_k_T=top_k)
+    assert bool((logits.topk(7).indices == tokens[:, None]).any(1).all())
+    top_p = torch.full((rows,), 0.3, device="cuda")
+    tokens, _ = cuda.lm_head_sample(h, weight, hot, seeds, seeds, top_p_T=top_p)
+    mass, order = (logits / 3.0).softmax(-1).sort(-1, descending=True)
+    rank = (order == tokens[:, None]).int().argmax(1, keepdim=True)
+    before = (mass.cumsum(1) - mass).gather(1, rank)
+    assert bool((before < 0.3 + 1e-4).all())

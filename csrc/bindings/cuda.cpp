@@ -575,9 +575,9 @@ void lm_head_logprobs(nb::handle h_h, nb::handle weight_h, std::int64_t vocab_si
 }
 
 void lm_head_sample(nb::handle h_h, nb::handle weight_h, std::int64_t vocab_size,
-                    nb::handle temperature_h, nb::handle seed_h, nb::handle position_h,
-                    nb::handle allowed_h, nb::handle tokens_h, nb::handle logprobs_h,
-                    nb::handle workspace) {
+                    nb::handle temperature_h, nb::handle top_k_h, nb::handle top_p_h,
+                    nb::handle seed_h, nb::handle position_h, nb::handle allowed_h,
+                    nb::handle tokens_h, nb::handle logprobs_h, nb::handle workspace) {
   Call call("cuda_lm_head_sample");
   const Tensor h = call.bf16(h_h, "h"), weight = call.bf16(weight_h, "weight");
   const Tensor temperature = call.tensor(temperature_h, "temperature");
@@ -588,6 +588,16 @@ void lm_head_sample(nb::handle h_h, nb::handle weight_h, std::int64_t vocab_size
   params.input = head_of(h, weight, vocab_size);
   const std::int64_t rows = h.size(0);
   temperature.dtype(DType::kF32).shape({rows}).contiguous();
+  if (!top_k_h.is_none()) {
+    const Tensor top_k = call.tensor(top_k_h, "top_k");
+    top_k.dtype(DType::kI32).shape({rows}).contiguous();
+    params.top_k = top_k.data<const std::int32_t>();
+  }
+  if (!top_p_h.is_none()) {
+    const Tensor top_p = call.tensor(top_p_h, "top_p");
+    top_p.dtype(DType::kF32).shape({rows}).contiguous();
+    params.top_p = top_p.data<const float>();
+  }
   seed.dtype(DType::kI64).shape({rows}).contiguous();
   position.dtype(DType::kI64).shape({rows}).contiguous();
   tokens.dtype(DType::kI64).shape({rows}).contiguous();
@@ -651,9 +661,9 @@ void bind_cuda(nb::module_& m) {
   m.def("cuda_lm_head_logprobs", &lm_head_logprobs, nb::arg("h"), nb::arg("weight"),
         nb::arg("vocab_size"), nb::arg("targets"), nb::arg("out"), nb::arg("workspace").none());
   m.def("cuda_lm_head_sample", &lm_head_sample, nb::arg("h"), nb::arg("weight"),
-        nb::arg("vocab_size"), nb::arg("temperature"), nb::arg("seed"), nb::arg("position"),
-        nb::arg("allowed").none(), nb::arg("tokens"), nb::arg("logprobs"),
-        nb::arg("workspace").none());
+        nb::arg("vocab_size"), nb::arg("temperature"), nb::arg("top_k").none(),
+        nb::arg("top_p").none(), nb::arg("seed"), nb::arg("position"), nb::arg("allowed").none(),
+        nb::arg("tokens"), nb::arg("logprobs"), nb::arg("workspace").none());
 }
 
 }  // namespace tml

@@ -35,7 +35,8 @@ void router(const RouterParams& p, const Launch& launch);
 // each of 256 threads adds s_b exp(m_b - M) by fma over b, b + 256, ..., then the tree of row_sum.
 std::size_t lm_head_workspace_bytes(const LmHeadInput& input);
 void lm_head_logprobs(const LmHeadLogprobsParams& p, const Launch& launch);
-// top_k and top_p must be null: the whole distribution, masked by `allowed`.
+// top_k and top_p may be null: off in every row. Without a top_k the total that top_p is of is
+// added by 512 threads over id, id + 512, ..., then halving.
 void lm_head_sample(const LmHeadSampleParams& p, const Launch& launch);
 
 void attn_prologue(const AttnPrologueParams& p, const Launch& launch);

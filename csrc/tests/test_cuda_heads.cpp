@@ -143,6 +143,28 @@ TML_TEST(cuda_lm_head_samples_what_the_cpu_samples) {
   TML_CHECK(ours == theirs);
   TML_CHECK_EQUAL(ours[4], 3 * 32 + 5);
   for (std::size_t i = 0; i < 6; ++i) TML_CHECK_NEAR(our_logprobs[i], their_logprobs[i], 1e-4);
+  // The same with top_k, top_p and both; more ids than a chunk in one of them.
+  Head wide(5, 64, 2300);
+  std::vector<std::uint16_t> wide_packed(
+      static_cast<std::size_t>(ceil_div(2300, 32) * 32 * 32 * 2));
+  cpu::pack_weight({wide.w.data(), wide_packed.data(), 64, 2300, 64, DType::kBf16, 1});
+  const std::vector<float> hot = {1.5f, 1.0f, 30.0f, 0.8f, 0.0f},
+                           mass = {1.0f, 0.6f, 0.9f, 0.5f, 0.5f};
+  const std::vector<std::int32_t> most = {5, 0, 0, 40, 3};
+  for (std::int64_t seeds = 0; seeds < 2; ++seeds) {
+    const std::vector<std::int64_t> draw(5, seeds);
+    std::vector<std::int64_t> a(5, -1), b(5, -2);
+    std::vector<float> la(5), lb(5);
+    LmHeadSampleParams f{wide.input(), hot.data(), most.data(), mass.data(), draw.data(),
+                         draw.data(),  nullptr,    a.data(),    la.data(),   1};
+    cuda::lm_head_sample(f, wide.launch());
+    f.input.weight = wide_packed.data();
+    f.tokens = b.data();
+    f.logprobs = lb.data();
+    cpu::lm_head_sample(f);
+    TML_CHECK(a == b);
+    for (std::size_t i = 0; i < 5; ++i) TML_CHECK_NEAR(la[i], lb[i], 1e-4);
+  }
   // A row alone: the same token and the same bits.
   LmHeadSampleParams one = p;
   one.input = head.input();

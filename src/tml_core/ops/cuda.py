@@ -294,14 +294,17 @@ def lm_head_sample(
     temperature_T: Tensor,
     seed_T: Tensor,
     position_T: Tensor,
+    *,
+    top_k_T: Tensor | None = None,
+    top_p_T: Tensor | None = None,
     allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``tml_core.ops.lm_head_sample`` without top_k and top_p: tokens int64, logprobs fp32."""
+    """As ``tml_core.ops.lm_head_sample``: tokens int64, logprobs fp32."""
     tokens_T = torch.empty(h_TH.shape[0], dtype=torch.int64, device=h_TH.device)
     logprobs_T = torch.empty(h_TH.shape[0], device=h_TH.device)
     size = _ext.cuda_lm_head_workspace(h_TH.shape[0], weight.out_dim)
     _ext.cuda_lm_head_sample(
-        h_TH, weight.data, weight.out_dim, temperature_T, seed_T, position_T, allowed, tokens_T,
-        logprobs_T, _workspace(size, h_TH.device),
+        h_TH, weight.data, weight.out_dim, temperature_T, top_k_T, top_p_T, seed_T, position_T,
+        allowed, tokens_T, logprobs_T, _workspace(size, h_TH.device),
     )  # fmt: skip
     return tokens_T, logprobs_T
