@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -86,21 +87,21 @@ async def test_an_async_reader_that_is_cancelled_leaves_the_job_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("make", "reason"),
     [
-        (ValueError("no such\nthing"), "ValueError: no such thing"),
-        (SystemExit(3), "SystemExit: 3"),
-        (KeyboardInterrupt(), "KeyboardInterrupt"),
-        (TimeoutError("their own"), "TimeoutError: their own"),
-        (ExceptionGroup("two", [OSError("gone")]), "OSError: gone"),
+        (lambda: ValueError("no such\nthing"), "ValueError: no such thing"),
+        (lambda: SystemExit(3), "SystemExit: 3"),
+        (KeyboardInterrupt, "KeyboardInterrupt"),
+        (lambda: TimeoutError("their own"), "TimeoutError: their own"),
+        (lambda: ExceptionGroup("two", [OSError("gone")]), "OSError: gone"),
     ],
 )
 def test_what_a_backend_raises_is_failed_and_the_loop_lives(
-    error: BaseException, reason: str
+    make: Callable[[], BaseException], reason: str
 ) -> None:
     async def run(job: JobContext) -> Updates:
         if job.package.request == "raise":
-            raise error
+            raise make()
         yield Final("fine")
 
     with BackgroundRunner(Steps(run)) as runner:

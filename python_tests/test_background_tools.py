@@ -102,28 +102,28 @@ def test_what_is_no_json_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "content"),
+    ("kind", "words", "content"),
     [
-        (ValueError("no such file"), "ValueError: no such file"),
-        (ToolFailed("ask for a town"), "ask for a town"),
-        (SystemExit(2), "SystemExit: 2"),
-        (StopIteration(), "StopIteration: "),
-        (KeyboardInterrupt(), "KeyboardInterrupt: "),
+        (ValueError, "no such file", "ValueError: no such file"),
+        (ToolFailed, "ask for a town", "ask for a town"),
+        (SystemExit, 2, "SystemExit: 2"),
+        (StopIteration, "", "StopIteration: "),
+        (KeyboardInterrupt, "", "KeyboardInterrupt: "),
     ],
 )
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_tool_that_raises_tells_the_model(
-    error: BaseException, content: str, is_async: bool
+    kind: type[BaseException], words: Any, content: str, is_async: bool
 ) -> None:
     def broken() -> str:
-        raise error
+        raise kind(words)
 
     async def broken_async() -> str:
-        raise error
+        raise kind(words)
 
     output = outputs(broken_async if is_async else broken)
     assert output.is_error
-    assert output.content == content or isinstance(error, StopIteration)
+    assert output.content == content or kind is StopIteration
 
 
 @pytest.mark.parametrize(("text", "kept"), [("x" * 10_000_000, 1000), ("ä" * 900, 500)])
