@@ -458,6 +458,31 @@ def test_a_rewind_lets_a_result_enter_again(session: Session) -> None:
         assert once.count("about tea") == 1
 
 
+def test_a_call_nobody_heard_is_undone_and_results_stay(session: Session) -> None:
+    gate = Gate()
+    with BackgroundRunner(gate, policy=POLICY, on_duplicate="allow") as runner:
+        session.attach(runner)
+        with scripted([ord("a"), END_OUT]):
+            feed(session)
+        ours = runner.submit("tea", session=session)
+        gate.reach()
+        gate.open()
+        until_idle(runner)
+        quietly(session, 6)
+        assert ours.delivery == "delivered"
+        held = Gate()
+        runner._loop._backend = held
+        spell(session, call_ids("background", request="coffee"))
+        held.reach()
+        theirs = runner.jobs[-1]
+        session.truncate(0)
+        quietly(session, 1)
+        assert theirs.result(WAIT_S) == Cancelled("its call was undone")
+        quietly(session, 3)
+        assert words_in(session).count("through the gate") == 1
+        assert ours.delivery == "delivered"
+
+
 def test_an_append_that_is_undone_does_not_lose_or_double_a_result(session: Session) -> None:
     with BackgroundRunner(Answers(), policy=POLICY) as runner:
         session.attach(runner)
