@@ -167,7 +167,9 @@ class Turn:
     ) -> None:
         self._wake = wake
         self._raise_epoch = epoch
-        self._changed = threading.Condition()
+        # Two of one lock: who waits for the end alone is not woken by every event.
+        lock = threading.RLock()
+        self._changed, self._ended = threading.Condition(lock), threading.Condition(lock)
         self._events: list[Event] = []
         self._first_valid = 0  # events before were withdrawn by a cancel
         self._num_read = 0
@@ -175,6 +177,7 @@ class Turn:
         self._is_done = False
         self._error: BaseException | None = None
         self._watchers: list[Callable[[], None]] = []
+        self._end_watchers: list[Callable[[], None]] = []
         self._cancel: Keep | None = None
         self.heard_ms: float | None = None
         self.clock: Final = TurnClock(deadline_ms)
@@ -216,7 +219,7 @@ class Turn:
         """The same events for asyncio; leaving early lets the turn go on."""
         index = 0
         while True:
-            await self._until(lambda at=index: self._has_more(at))  # type: ignore[misc]
+            await self._until(lambda at=index: self._has_more(at), self._watchers)  # type: ignore[misc]
             with self._changed:
                 event, index = self._next(index)
             if event is None:
@@ -227,7 +230,7 @@ class Turn:
         """Wait for the end. Raises the turn's error, or TimeoutError (the turn then goes on)."""
         self._read_all()
         with self._changed:
-            if not self._changed.wait_for(lambda: self._is_done, timeout_s):
+            if not self._ended.wait_for(lambda: self._is_done, timeout_s):
                 raise TimeoutError(f"result: the turn did not end within {timeout_s} s")
             return self._result()
 
@@ -265,7 +268,7 @@ class Turn:
         self._wake()
         if wait:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_done)
+                self._ended.wait_for(lambda: self._is_done)
         return True
 
     # For the engine.
@@ -304,12 +307,16 @@ class Turn:
         self._error = error
         self._is_done = True
         self.owner = None
+        self._ended.notify_all()
+        self._watchers += self._end_watchers
+        self._end_watchers.clear()
         self._notify()
 
     def _notify(self) -> None:
         self._changed.notify_all()
         if self._watchers:
-            watchers, self._watchers = self._watchers, []
+            watchers = self._watchers.copy()
+            self._watchers.clear()
             for watcher in watchers:
                 watcher()
 
@@ -351,11 +358,13 @@ class Turn:
 
     async def _wait(self) -> TurnResult:
         self._read_all()
-        await self._until(lambda: self._is_done)
+        await self._until(lambda: self._is_done, self._end_watchers)
         with self._changed:
             return self._result()
 
-    async def _until(self, is_reached: Callable[[], bool]) -> None:
+    async def _until(
+        self, is_reached: Callable[[], bool], watchers: list[Callable[[], None]]
+    ) -> None:
         loop = asyncio.get_running_loop()
         while True:
             with self._changed:
@@ -363,13 +372,13 @@ class Turn:
                     return
                 changed = asyncio.Event()
                 watcher = _watcher(loop, changed)
-                self._watchers.append(watcher)
+                watchers.append(watcher)
             try:
                 await changed.wait()
             except asyncio.CancelledError:
                 with self._changed:
-                    if watcher in self._watchers:
-                        self._watchers.remove(watcher)
+                    if watcher in watchers:
+                        watchers.remove(watcher)
                 raise
 
 
