@@ -6,6 +6,13 @@
 #include <cstdint>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(data, size) (static_cast<void>(data), static_cast<void>(size))
+#define ASAN_UNPOISON_MEMORY_REGION(data, size) (static_cast<void>(data), static_cast<void>(size))
+#endif
+
 namespace tml {
 namespace {
 
@@ -27,6 +34,13 @@ struct Slab {
 
 thread_local Slab t_slabs[3];
 
+// AddressSanitizer knows nothing of mapped memory: what lies beyond what was asked for is ours to
+// forbid.
+void forbid_beyond(void* data, std::size_t num_bytes, std::size_t size) {
+  ASAN_UNPOISON_MEMORY_REGION(data, num_bytes);
+  ASAN_POISON_MEMORY_REGION(static_cast<char*>(data) + num_bytes, size - num_bytes);
+}
+
 }  // namespace
 
 void* huge_alloc(std::size_t num_bytes) {
@@ -42,10 +56,15 @@ void* huge_alloc(std::size_t num_bytes) {
   if (tail > 0) munmap(reinterpret_cast<void*>(start + size), tail);
   void* data = reinterpret_cast<void*>(start);
   madvise(data, size, MADV_HUGEPAGE);
+  forbid_beyond(data, num_bytes, size);
   return data;
 }
 
-void huge_free(void* data, std::size_t num_bytes) noexcept { munmap(data, mapped_size(num_bytes)); }
+void huge_free(void* data, std::size_t num_bytes) noexcept {
+  const std::size_t size = mapped_size(num_bytes);
+  ASAN_UNPOISON_MEMORY_REGION(data, size);
+  munmap(data, size);
+}
 
 void* scratch(Scratch slot, std::size_t num_bytes) {
   Slab& slab = t_slabs[static_cast<int>(slot)];
@@ -57,6 +76,7 @@ void* scratch(Scratch slot, std::size_t num_bytes) {
     slab.size = size;
     g_growths.fetch_add(1, std::memory_order_relaxed);
   }
+  forbid_beyond(slab.data, num_bytes, slab.size);
   return slab.data;
 }
 

@@ -371,13 +371,13 @@ def _write_safetensors(file: BinaryIO, meta: Mapping[str, str], entries: list[_E
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
+    _write_group(file, [memoryview(struct.pack("<Q", len(text)) + text)])
     with _Digest(meta) as digest:
         for group in _grouped(part.data for entry in entries for part in entry.parts):
             for part in group:
                 digest.update(part)
             _write_group(file, group)
-        file.write(digest.value())
+        _write_group(file, [memoryview(digest.value())])
 
 
 def _data_starts(file: BinaryIO) -> dict[str, int]:
@@ -404,7 +404,7 @@ def _grouped(parts: Iterable[memoryview]) -> Iterator[list[memoryview]]:
 
 def _read_group(file: BinaryIO, start: int, group: list[memoryview]) -> int:
     """Fill the group from byte ``start`` of the file on; returns where it ended."""
-    rest = list(group)
+    rest = [part for part in group if part]  # a model may have no layers of a kind
     while rest:
         count = os.preadv(file.fileno(), rest, start)
         if not count:
