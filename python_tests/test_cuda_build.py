@@ -40,6 +40,8 @@ EXPECTED = {
     "gemm/session_attn_d64.cu": (["HMMA.16816.F32.BF16", "UBLKCP", "LDSM"], 255),
     "sconv_norm.cu": (["ACQBULK"], 80),
 }
+# One of each kind; nvcc takes three to six seconds a file.
+QUICK = {"gemm/linear_bf16_n8.cu", "gemm/moe_swiglu_n16.cu", "gemm/session_attn_d64.cu"}
 REST = sorted(
     str(path.relative_to(FOLDER))
     for path in FOLDER.rglob("*.cu")
@@ -71,7 +73,10 @@ def check_resources(path: Path, max_registers: int) -> None:
 
 @needs_nvcc
 @needs_cuobjdump
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in EXPECTED],
+)
 def test_kernels_use_the_units_they_are_written_for(name: str, tmp_path: Path) -> None:
     instructions, max_registers = EXPECTED[name]
     cubin = cubin_of(name, tmp_path)
