@@ -17,16 +17,10 @@ Pages go to and come from the file one by one, so that a long sequence is never 
 Threads digest blocks meanwhile: at the speed of a disk one alone would be the bottleneck.
 """
 
-import json
-import os
-import struct
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -39,6 +33,16 @@ from tml_core.errors import SnapshotError, TmlError
 from tml_core.media.dmel import DmelState
 from tml_core.model.kv_store import as_bytes, clean_page
 from tml_core.sequence.page_table import PageTable, pages_for
+from tml_core.sequence.snapshot_bytes import (
+    DIGEST_LEN,
+    BlockDigest,
+    Entry,
+    data_starts,
+    grouped,
+    read_group,
+    replacing,
+    write_safetensors,
+)
 from tml_core.sequence.store import SequenceStore, Slot
 from tml_core.sequence.token_log import RECORD, TokenLog
 from tml_core.sequence.values import Carry, Retention
@@ -48,9 +52,6 @@ __all__ = ["FORMAT_VERSION", "Saved", "open_snapshot", "read_note", "write_snaps
 FORMAT_VERSION: Final = 2
 
 _FORMAT: Final = "tml_core.sequence"
-_DIGEST_LEN: Final = 32
-_BLOCK_BYTES: Final = 4 << 20
-_GROUP_LEN: Final = 256  # parts; the system takes no more than 1024 in one call
 _DTYPES: Final = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
@@ -59,17 +60,6 @@ _DTYPES: Final = {
 }
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor to write: its parts, one after the other, are its bytes."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    parts: Iterable[NDArray[np.uint8]]
-    num_bytes: int
 
 
 def write_snapshot(
@@ -113,8 +103,8 @@ def write_snapshot(
     if carry.frame is not None:
         entries.append(_array_entry("frame", torch.from_numpy(carry.frame.copy())))
     entries.append(_note_entry(note))
-    with _replacing(path, durable) as file:
-        _write_safetensors(file, meta, entries)
+    with replacing(path, durable) as file:
+        write_safetensors(file, meta, entries)
 
 
 class Saved:
@@ -154,7 +144,7 @@ class Saved:
             "log": (torch.uint8, [self.tip, RECORD.itemsize]),
             "boundaries": (torch.int64, [None]),
             "note": (torch.uint8, [None]),
-            "digest": (torch.uint8, [_DIGEST_LEN]),
+            "digest": (torch.uint8, [DIGEST_LEN]),
         }
         names = list(file.keys())
         if "audio_context" in names or "audio_pending" in names:
@@ -186,8 +176,8 @@ class Saved:
             f"restoring {self.tip} positions",
         )
         store, log_bytes = self._store, self._array("log").numpy()
-        with self._path.open("rb", buffering=0) as file, _Digest(self._meta) as digest:
-            starts = _data_starts(file)
+        with self._path.open("rb", buffering=0) as file, BlockDigest(self._meta) as digest:
+            starts = data_starts(file)
             digest.update(_raw(self._array("boundaries")).data)
             for array in _audio_arrays(self.carry).values():
                 digest.update(_raw(array).data)
@@ -197,8 +187,8 @@ class Saved:
             ):
                 ids = table.adopt(table.keep, floor, end).tolist()
                 start = starts[name]
-                for group in _grouped(page_bytes[page_id].data for page_id in ids):
-                    start = _read_group(file, start, group)
+                for group in grouped(page_bytes[page_id].data for page_id in ids):
+                    start = read_group(file, start, group)
                     for page in group:
                         digest.update(page)
             slot.tip = self.tip
@@ -322,7 +312,7 @@ def _audio_arrays(carry: Carry) -> dict[str, Tensor]:
     }
 
 
-def _pages_entry(name: str, pages: Tensor, table: PageTable, tip: int) -> _Entry:
+def _pages_entry(name: str, pages: Tensor, table: PageTable, tip: int) -> Entry:
     ids = table.ids().tolist()
     num_last = tip - (table.end - 1) * PAGE_LEN  # positions in the last page
     whole = as_bytes(pages)
@@ -332,16 +322,16 @@ def _pages_entry(name: str, pages: Tensor, table: PageTable, tip: int) -> _Entry
     )
     page_bytes = pages[0].numel() * pages.element_size()
     shape = (len(ids), *pages.shape[1:])
-    return _Entry(name, _DTYPES[pages.dtype], shape, parts, len(ids) * page_bytes)
+    return Entry(name, _DTYPES[pages.dtype], shape, parts, len(ids) * page_bytes)
 
 
-def _array_entry(name: str, array: Tensor) -> _Entry:
+def _array_entry(name: str, array: Tensor) -> Entry:
     raw = _raw(array)
-    return _Entry(name, _DTYPES[array.dtype], tuple(array.shape), (raw,), len(raw))
+    return Entry(name, _DTYPES[array.dtype], tuple(array.shape), (raw,), len(raw))
 
 
-def _note_entry(note: bytes) -> _Entry:
-    return _Entry("note", "U8", (len(note),), (np.frombuffer(note, np.uint8),), len(note))
+def _note_entry(note: bytes) -> Entry:
+    return Entry("note", "U8", (len(note),), (np.frombuffer(note, np.uint8),), len(note))
 
 
 def _raw(array: Tensor) -> NDArray[np.uint8]:
@@ -349,148 +339,3 @@ def _raw(array: Tensor) -> NDArray[np.uint8]:
         return np.empty(0, np.uint8)  # torch cannot view an empty tensor of any stride
     flat: NDArray[np.uint8] = array.contiguous().reshape(-1).view(torch.uint8).numpy()
     return flat
-
-
-def _head(meta: Mapping[str, str]) -> bytes:
-    return json.dumps(dict(sorted(meta.items()))).encode()
-
-
-def _write_safetensors(file: BinaryIO, meta: Mapping[str, str], entries: list[_Entry]) -> None:
-    # The library writes only tensors that are whole in memory; the container itself is simple: the
-    # length of a JSON header, the header, then the tensors' bytes in its order.
-    header: dict[str, object] = {"__metadata__": dict(meta)}
-    offset = 0
-    entries_shown = [*entries, _Entry("digest", "U8", (_DIGEST_LEN,), (), _DIGEST_LEN)]
-    for entry in entries_shown:
-        end = offset + entry.num_bytes
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    _write_group(file, [memoryview(struct.pack("<Q", len(text)) + text)])
-    with _Digest(meta) as digest:
-        for group in _grouped(part.data for entry in entries for part in entry.parts):
-            for part in group:
-                digest.update(part)
-            _write_group(file, group)
-        _write_group(file, [memoryview(digest.value())])
-
-
-def _data_starts(file: BinaryIO) -> dict[str, int]:
-    """Where in the file each tensor's bytes begin."""
-    (length,) = struct.unpack("<Q", file.read(8))
-    header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
-
-
-def _grouped(parts: Iterable[memoryview]) -> Iterator[list[memoryview]]:
-    """Parts in the order they come, some for each call of the system."""
-    group: list[memoryview] = []
-    num_bytes = 0
-    for part in parts:
-        group.append(part)
-        num_bytes += len(part)
-        if num_bytes >= _BLOCK_BYTES or len(group) == _GROUP_LEN:
-            yield group
-            group, num_bytes = [], 0
-    if group:
-        yield group
-
-
-def _read_group(file: BinaryIO, start: int, group: list[memoryview]) -> int:
-    """Fill the group from byte ``start`` of the file on; returns where it ended."""
-    rest = [part for part in group if part]  # a model may have no layers of a kind
-    while rest:
-        count = os.preadv(file.fileno(), rest, start)
-        if not count:
-            raise OSError("it ends too early")
-        start += count
-        rest = _without(rest, count)
-    return start
-
-
-def _write_group(file: BinaryIO, group: list[memoryview]) -> None:
-    rest = [part for part in group if part]
-    while rest:
-        rest = _without(rest, os.writev(file.fileno(), rest))
-
-
-def _without(group: list[memoryview], count: int) -> list[memoryview]:
-    """The group without its first ``count`` bytes."""
-    for index, part in enumerate(group):
-        if count < len(part):
-            return [part[count:], *group[index + 1 :]]
-        count -= len(part)
-    return []
-
-
-class _Digest:
-    """See the module. What `update` is given must stay as it is until `value` is called."""
-
-    def __init__(self, meta: Mapping[str, str]) -> None:
-        self._total = sha256(_head(meta))
-        self._block: list[memoryview] = []
-        self._room = _BLOCK_BYTES
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tml-digest")
-        self._pending: list[Future[bytes]] = []
-
-    def update(self, data: memoryview) -> None:
-        while data:
-            part, data = data[: self._room], data[self._room :]
-            self._block.append(part)
-            self._room -= len(part)
-            if not self._room:
-                self._submit()
-
-    def value(self) -> bytes:
-        if self._block:
-            self._submit()
-        for one in self._pending:
-            self._total.update(one.result())
-        self._pending.clear()
-        return self._total.digest()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    def _submit(self) -> None:
-        self._pending.append(self._threads.submit(_digest_of, self._block))
-        self._block, self._room = [], _BLOCK_BYTES
-
-
-def _digest_of(parts: list[memoryview]) -> bytes:
-    hasher = sha256()
-    for part in parts:
-        hasher.update(part)
-    return hasher.digest()
-
-
-@contextmanager
-def _replacing(path: Path, durable: bool) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` when the body is done, or else is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb", buffering=0) as file:
-            yield file
-            if durable:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if not durable:
-        return
-    # The new name itself must survive a crash.
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
