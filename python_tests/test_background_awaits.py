@@ -102,7 +102,9 @@ def only_the_runners_own_tasks(runner: BackgroundRunner) -> bool:
     """Whether no task of a job is left in the loop."""
 
     async def count(job: JobContext) -> Updates:
-        names = [task.get_coro().__qualname__ for task in asyncio.all_tasks()]  # type: ignore[union-attr]
+        # An iterator of the client's may still be closed by a task without a name.
+        coroutines = (task.get_coro() for task in asyncio.all_tasks())
+        names = [getattr(one, "__qualname__", "") for one in coroutines]
         left = [one for one in names if "_timed" in one or "_contained" in one or "_job" in one]
         yield Final(str(left))
         del job
