@@ -195,6 +195,7 @@ def clean_engine(**options: Any) -> Iterator[Engine]:
     """An engine of the tiny model. When the body is over and its sessions are closed or dropped,
     nothing may be held: no session, turn, page or thread."""
     with Engine(tiny(), **options) as engine:
+        assert engine.num_sessions == 0  # waits for the warm-up, which holds pages too
         free = engine.stats().global_pages_free, engine.stats().sliding_pages_free
         yield engine
         gc.collect()
