@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+
+pytest.importorskip("pydantic", reason="needs the background extra: pip install '.[test]'")
 import torch
 
 from background_kit import QUIET, WAIT_S, background_threads, call_ids, feed, plain, silent

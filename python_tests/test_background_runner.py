@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("pydantic", reason="needs the background extra: pip install '.[test]'")
+
 from background_kit import WAIT_S, Answers, Gate, Steps, Updates, background_threads
 from tml_core import InvalidArgument, InvalidType, Overloaded, SessionClosed
 from tml_core.background import (

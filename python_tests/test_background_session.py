@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("pydantic", reason="needs the background extra: pip install '.[test]'")
+
 from background_kit import (
     QUIET,
     WAIT_S,
