@@ -120,7 +120,9 @@ def test_a_second_cancel_and_one_after_the_end_change_nothing() -> None:
             assert session.info().position == 0
         assert not turn.cancel("none")
         assert session.epoch == 1
-        with pytest.raises(errors.InvalidArgument, match="keep: expected 'input', 'heard' or 'none'"):
+        with pytest.raises(
+            errors.InvalidArgument, match="keep: expected 'input', 'heard' or 'none'"
+        ):
             turn.cancel("all")  # type: ignore[arg-type]
 
 

@@ -61,7 +61,7 @@ class Conflict(TmlError, RuntimeError):
 class Overloaded(TmlError, RuntimeError):
     """There is no capacity for this now; nothing was changed.
 
-    ``reason``: "sessions", "capacity", "pending", "reader", "jobs" or "duplicate".
+    ``reason``: "capacity", "pending", "reader", "jobs" or "duplicate".
     ``retry_after_ms``: when trying again may succeed.
     """
 
