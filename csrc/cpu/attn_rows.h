@@ -26,8 +26,9 @@ struct Width {
 
 // The two blocks this thread reads next, null if there are none: requested line by line, evenly,
 // while a product runs. A core drops requests beyond the few it can have under way, so where memory
-// is the bottleneck (kWideRows or less) the second block is requested too, and again once it has
+// is the bottleneck (kAskTwiceRows or less) the second block is requested too, and again once it has
 // become the first.
+inline constexpr int kAskTwiceRows = 8;
 struct Ahead {
   const void* first = nullptr;
   const void* second = nullptr;
@@ -78,7 +79,7 @@ TML_INLINE void multiply_fixed(const KStep* w, std::ptrdiff_t w_stride, const KS
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) weights[v] = S::weights(w + v * 16);
     w += w_stride;
-    if constexpr (kRequest) next.template advance<kVecs, (kRows <= kWideRows)>();
+    if constexpr (kRequest) next.template advance<kVecs, (kRows <= kAskTwiceRows)>();
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       const typename S::Input input = S::input(read_step(x + m * kRowSteps + k));

@@ -20,13 +20,19 @@ constexpr int tile_size(std::int64_t num_rows) {
   return size;
 }
 
-// num_rows cut into tiles: full ones, then what is left in at most two.
+// num_rows cut into tiles: full ones, then what is left in at most two. Of 12 + 2 and 12 + 4 rows
+// two middling tiles are made: a small one has too few sums under way to hide the latency of each.
 struct TileSplit {
   explicit TileSplit(std::int64_t num_rows)
-      : num_full(num_rows / kTileRows),
-        rest(static_cast<int>(num_rows % kTileRows)),
-        first_of_rest(rest > 0 ? tile_size(rest) : 0),
-        count(num_full + (rest > 0) + (rest > first_of_rest)) {}
+      : num_full(num_rows / kTileRows), rest(static_cast<int>(num_rows % kTileRows)) {
+    first_of_rest = rest > 0 ? tile_size(rest) : 0;
+    if (kTileRows == 12 && num_full > 0 && (rest == 2 || rest == 4)) {
+      num_full -= 1;
+      rest += kTileRows;
+      first_of_rest = 8;
+    }
+    count = num_full + (rest > 0) + (rest > first_of_rest);
+  }
   std::int64_t begin(std::int64_t tile) const {
     if (tile <= num_full) return tile * kTileRows;
     return num_full * kTileRows + (tile == num_full + 1 ? first_of_rest : rest);
@@ -36,7 +42,7 @@ struct TileSplit {
   }
   std::int64_t num_full;
   int rest, first_of_rest;
-  std::int64_t count;
+  std::int64_t count = 0;
 };
 
 template <int kRows>

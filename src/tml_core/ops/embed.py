@@ -17,7 +17,12 @@ __all__ = ["dmel_embed", "dmel_embed_reference", "embed", "embed_reference"]
 
 
 def embed(
-    ids_T: Tensor, table_VH: Tensor, weight_H: Tensor, eps: float, *, out_TH: Tensor | None = None
+    ids_T: Tensor,
+    table_VH: Tensor,
+    weight_H: Tensor,
+    eps: float,
+    *,
+    out_TH: Tensor | None = None,
 ) -> Tensor:
     """rms_norm(table[ids]).
 
