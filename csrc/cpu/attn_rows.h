@@ -26,8 +26,8 @@ struct Width {
 
 // The two blocks this thread reads next, null if there are none: requested line by line, evenly,
 // while a product runs. A core drops requests beyond the few it can have under way, so where memory
-// is the bottleneck (kAskTwiceRows or less) the second block is requested too, and again once it has
-// become the first.
+// is the bottleneck (kAskTwiceRows or less) the second block is requested too, and again once it
+// has become the first.
 inline constexpr int kAskTwiceRows = 8;
 struct Ahead {
   const void* first = nullptr;
