@@ -1,0 +1,172 @@
+"""A stick figure that does exercises: pictures whose counts and times are known by construction.
+
+Legend: H height, W width. Lengths are in heights of the picture, angles in degrees from hanging
+straight down, outwards positive.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.random import Generator, Philox
+
+from tml_core.media._checks import Rgb
+
+__all__ = ["ACTIONS", "FRAME_EDGE", "HELD_OUT_ACTIONS", "Rep", "Scene", "draw_scene", "render"]
+
+FRAME_EDGE: Final = 72  # two patches each way: four a tick
+
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _Pose:
+    """Left and right: upper arm, forearm against it, thigh, shin against it; the body's lean."""
+
+    arms: tuple[float, float] = (12.0, 12.0)
+    elbows: tuple[float, float] = (0.0, 0.0)
+    thighs: tuple[float, float] = (6.0, 6.0)
+    knees: tuple[float, float] = (0.0, 0.0)
+    lean: float = 0.0
+
+    def values(self) -> np.ndarray:
+        return np.array([*self.arms, *self.elbows, *self.thighs, *self.knees, self.lean])
+
+
+_REST: Final = _Pose()
+# What a repetition goes to and comes back from.
+_FAR: Final = {
+    "jumping jacks": _Pose(arms=(165, 165), thighs=(30, 30)),
+    "squats": _Pose(arms=(85, 85), thighs=(70, 70), knees=(-80, -80)),
+    "arm raises": _Pose(arms=(160, 160)),
+    "side bends": _Pose(arms=(25, 120), lean=38),
+    "knee raises": _Pose(thighs=(6, 95), knees=(0, -95)),
+    "waves": _Pose(arms=(12, 95), elbows=(0, 85)),
+    "side kicks": _Pose(arms=(40, 40), thighs=(6, 85)),
+}
+HELD_OUT_ACTIONS: Final = ("waves", "side kicks")
+ACTIONS: Final = tuple(name for name in _FAR if name not in HELD_OUT_ACTIONS)
+
+
+@dataclass(frozen=True)
+class Rep:
+    """One repetition of ``action``: at rest at both its times."""
+
+    action: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A figure in front of a wall, from time 0. ``scale``: its size, ``offset``: of its feet from
+    the middle of the floor. ``reps`` in order of time, none beside another."""
+
+    reps: tuple[Rep, ...]
+    body: Color
+    wall: Color
+    floor: Color
+    scale: float
+    offset: float
+    thickness: float
+    grain: float
+    is_mirrored: bool
+    seed: int
+
+
+def draw_scene(rng: Generator, reps: tuple[Rep, ...]) -> Scene:
+    """A look for these movements; the figure always stands out from the wall."""
+    wall = rng.integers(30, 226, 3)
+    body = np.where(wall > 127, rng.integers(0, 60, 3), rng.integers(196, 256, 3))
+    floor = np.clip(wall + rng.integers(-30, 31, 3), 0, 255)
+    return Scene(
+        reps=reps,
+        body=_color(body),
+        wall=_color(wall),
+        floor=_color(floor),
+        scale=round(float(rng.uniform(0.75, 1.0)), 3),
+        offset=round(float(rng.uniform(-0.1, 0.1)), 3),
+        thickness=round(float(rng.uniform(0.016, 0.032)), 4),
+        grain=round(float(rng.uniform(0.0, 8.0)), 2),
+        is_mirrored=bool(rng.random() < 0.5),
+        seed=int(rng.integers(1 << 62)),
+    )
+
+
+def render(scene: Scene, time_s: float) -> Rgb:
+    """What a camera sees at that time: uint8 [72, 72, 3]."""
+    edge = FRAME_EDGE
+    axis = (np.arange(edge, dtype=np.float32) + 0.5) / edge
+    y_H1, x_1W = axis[:, None], axis[None, :]
+    image = np.empty((edge, edge, 3), np.float32)
+    image[:] = scene.wall
+    image[round(0.88 * edge) :] = scene.floor
+    distance_HW = np.full((edge, edge), np.inf, np.float32)
+    for (x0, y0), (x1, y1), width in _limbs(scene, time_s):
+        dx, dy = x1 - x0, y1 - y0
+        along = ((x_1W - x0) * dx + (y_H1 - y0) * dy) / max(dx * dx + dy * dy, 1e-9)
+        along = np.clip(along, 0.0, 1.0)
+        apart = np.hypot(x_1W - x0 - along * dx, y_H1 - y0 - along * dy) - width
+        np.minimum(distance_HW, apart, out=distance_HW)
+    cover_HW1 = np.clip(0.5 - distance_HW * edge, 0.0, 1.0)[..., None]
+    image += cover_HW1 * (np.array(scene.body, np.float32) - image)
+    if scene.grain:
+        rng = Generator(Philox(key=[scene.seed, round(time_s * 1000)]))
+        image += scene.grain * rng.standard_normal((edge, edge, 1), np.float32)
+    if scene.is_mirrored:
+        image = image[:, ::-1]
+    return np.ascontiguousarray(np.clip(np.rint(image), 0, 255).astype(np.uint8))
+
+
+Point = tuple[float, float]
+
+
+def _limbs(scene: Scene, time_s: float) -> list[tuple[Point, Point, float]]:
+    """Segments and their half widths, in the picture."""
+    pose = _pose(scene, time_s)
+    arms, elbows, thighs, knees, lean = pose[0:2], pose[2:4], pose[4:6], pose[6:8], pose[8]
+    limbs: list[tuple[Point, Point, float]] = []
+    width = scene.thickness
+    neck = _step((0.0, 0.0), 180.0 - lean, 0.28)
+    head = _step(neck, 180.0 - lean, 0.09)
+    limbs += [((0.0, 0.0), neck, width * 1.3), (head, head, 0.055)]
+    feet = []
+    for side, arm, elbow, thigh, knee in zip((-1, 1), arms, elbows, thighs, knees, strict=True):
+        hand_angle = arm + elbow
+        elbow_at = _step(neck, side * arm, 0.15)
+        limbs.append((neck, elbow_at, width))
+        limbs.append((elbow_at, _step(elbow_at, side * hand_angle, 0.14), width))
+        knee_at = _step((0.0, 0.0), side * thigh, 0.2)
+        foot = _step(knee_at, side * (thigh + knee), 0.2)
+        limbs += [((0.0, 0.0), knee_at, width), (knee_at, foot, width)]
+        feet.append(foot[1])
+    down = max(feet)  # the lower foot stands on the floor
+
+    def place(point: Point) -> Point:
+        x, y = point
+        return 0.5 + scene.offset + scene.scale * x, 0.92 + scene.scale * (y - down)
+
+    return [(place(a), place(b), scene.scale * half) for a, b, half in limbs]
+
+
+def _pose(scene: Scene, time_s: float) -> np.ndarray:
+    rest = _REST.values()
+    for rep in scene.reps:
+        if rep.start_s <= time_s < rep.end_s:
+            phase = (time_s - rep.start_s) / (rep.end_s - rep.start_s)
+            far = 0.5 - 0.5 * float(np.cos(2.0 * np.pi * phase))
+            rest += (_FAR[rep.action].values() - rest) * far
+    return rest
+
+
+def _step(start: Point, angle: float, length: float) -> Point:
+    radians = np.deg2rad(angle)
+    return (
+        start[0] + length * float(np.sin(radians)),
+        start[1] + length * float(np.cos(radians)),
+    )
+
+
+def _color(values: np.ndarray) -> Color:
+    red, green, blue = (int(value) for value in values)
+    return red, green, blue

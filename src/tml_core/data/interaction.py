@@ -1,0 +1,189 @@
+"""Scripts made into what a model lives through, and the endless stream of them.
+
+Everything random of interaction ``index`` comes from a generator keyed by (seed, index) and the
+split: any one can be made alone, anywhere, in any order.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Final
+
+import numpy as np
+from numpy.random import Generator, Philox
+
+from tml_core.data.augment import apply_sound
+from tml_core.data.figure import render
+from tml_core.data.script import Expected, Script, ScriptWriter, perform
+from tml_core.data.tasks import TASKS
+from tml_core.data.voices import SPLITS, SpeechBank, Split, cache_folder
+from tml_core.errors import InvalidArgument
+from tml_core.layout.chunk import Chunk, ToolResult
+from tml_core.layout.micro_turn import MicroTurnLayout, MicroTurnState
+from tml_core.layout.state import Stream
+from tml_core.media.micro_turns import TICK_MS, TICK_SAMPLES
+from tml_core.train.packing import Transcript
+
+__all__ = ["Interaction", "interaction", "interactions", "render_script"]
+
+_FRAMES_PER_TICK: Final = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Interaction:
+    """A rendered script: ``chunks``, what comes in at each tick."""
+
+    script: Script
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def expected(self) -> Mapping[int, Expected]:
+        """What the model should begin, by tick; a tick that is not here begins nothing."""
+        return {one.tick: one for one in self.script.expected}
+
+    def runs(self, layout: MicroTurnLayout) -> list[list[int]]:
+        """What should be sampled in each tick, as `MicroTurnLayout.encode_session` takes it.
+
+        What is too long for a tick goes on in the next ones. Words said later in a session begin
+        with a space. Raises InvalidArgument where something is due while the last still goes on.
+        """
+        silence = layout.grammar.tokens.silence
+        runs: list[list[int]] = []
+        going_on: list[list[int]] = []
+        has_said = False
+        state = layout.initial_state()
+        for tick, chunk in enumerate(self.chunks):
+            state = _advanced(layout.encode_input(_without_media(chunk), state).state)
+            if (due := self.expected.get(tick)) is not None:
+                if going_on:
+                    raise InvalidArgument(
+                        f"script: {self.script.task}: tick {tick} has output, but what came "
+                        f"before needs {len(going_on)} more"
+                    )
+                text = f" {due.text}" if has_said and due.text else due.text
+                has_said = has_said or bool(text)
+                going_on = _split(layout, state, Expected(tick, text, due.call))
+            run = going_on.pop(0) if going_on else [silence]
+            output = layout.begin_output(state)
+            for token_id in run:
+                output.accept(token_id, 0.0)
+            state = _advanced(output.state)
+            runs.append(run)
+        if going_on:
+            raise InvalidArgument(
+                f"script: {self.script.task}: ends {len(going_on)} ticks before its output does"
+            )
+        return runs
+
+    def transcript(self, layout: MicroTurnLayout) -> Transcript:
+        """What a trainer learns from, laid out by the code that lays out live sessions."""
+        ticks = zip(self.chunks, self.runs(layout), strict=True)
+        segments, streams = layout.encode_session(ticks)
+        return Transcript.next_tokens(segments, streams)
+
+
+def interactions(
+    seed: int,
+    split: Split = "train",
+    *,
+    bank: SpeechBank | None = None,
+    tasks: Sequence[str] | None = None,
+    start: int = 0,
+    num: int | None = None,
+) -> Iterator[Interaction]:
+    """Interactions ``start``, ``start`` + 1, ... of a seed; ``num`` of them, or without end.
+
+    ``bank``: who speaks; by default every engine of this machine, and the user's cache folder.
+    ``tasks``: names from `TASKS`, by default all.
+    """
+    if bank is None:
+        with SpeechBank(cache=cache_folder()) as own:
+            yield from interactions(seed, split, bank=own, tasks=tasks, start=start, num=num)
+        return
+    for index in islice(count(start), num):
+        yield interaction(seed, index, split, bank=bank, tasks=tasks)
+
+
+def interaction(
+    seed: int,
+    index: int,
+    split: Split = "train",
+    *,
+    bank: SpeechBank,
+    tasks: Sequence[str] | None = None,
+) -> Interaction:
+    """Interaction ``index`` of a seed, the same as in the stream.
+
+    Raises InvalidArgument for a negative number, an unknown split or task.
+    """
+    for name, value in (("seed", seed), ("index", index)):
+        if not 0 <= value < 1 << 64:
+            raise InvalidArgument(f"{name}: expected 0 to 2**64 - 1, got {value}")
+    if split not in SPLITS:
+        raise InvalidArgument(f"split: expected one of {list(SPLITS)}, got {split!r}")
+    names = tuple(TASKS) if tasks is None else tuple(tasks)
+    for name in names:
+        if name not in TASKS:
+            raise InvalidArgument(f"tasks: expected some of {list(TASKS)}, got {name!r}")
+    if not names:
+        raise InvalidArgument("tasks: expected at least one, got none")
+    # The low counter words are the generator's own; the top one keeps the splits apart.
+    rng = Generator(Philox(key=[seed, index], counter=[0, 0, 0, SPLITS.index(split)]))
+    weights = np.array([TASKS[name].weight for name in names])
+    task = TASKS[names[int(rng.choice(len(names), p=weights / weights.sum()))]]
+    writer = ScriptWriter(task.name, split, bank, rng)
+    task.write(writer)
+    return render_script(writer.finish(), bank)
+
+
+def render_script(script: Script, bank: SpeechBank) -> Interaction:
+    """The script's sound and pictures, cut into ticks."""
+    pcm_S = np.zeros(script.num_ticks * TICK_SAMPLES, np.float32)
+    for spoken in script.spoken:
+        said_S = perform(spoken, bank).pcm[: len(pcm_S) - spoken.start]
+        pcm_S[spoken.start : spoken.start + len(said_S)] += said_S
+    pcm_S = apply_sound(pcm_S, script.sound)
+    results = dict[int, list[ToolResult]]()
+    for tick, result in script.results:
+        results.setdefault(tick, []).append(result)
+    chunks = []
+    for tick in range(script.num_ticks):
+        start_s = tick * TICK_MS / 1000
+        step_s = TICK_MS / 1000 / _FRAMES_PER_TICK
+        frames = [
+            render(script.scene, start_s + frame * step_s)
+            for frame in range(_FRAMES_PER_TICK)
+            if script.scene is not None
+        ]
+        chunks.append(
+            Chunk(
+                audio=pcm_S[tick * TICK_SAMPLES : (tick + 1) * TICK_SAMPLES],
+                frames=frames,
+                items=tuple(results.get(tick, ())),
+            )
+        )
+    return Interaction(script, tuple(chunks))
+
+
+def _without_media(chunk: Chunk) -> Chunk:
+    """What of a chunk matters for spelling the output: neither sound nor pictures."""
+    return Chunk(items=chunk.items, is_idle=not chunk.items)
+
+
+def _advanced(state: object) -> MicroTurnState:
+    assert isinstance(state, MicroTurnState)
+    return state
+
+
+def _split(layout: MicroTurnLayout, state: MicroTurnState, due: Expected) -> list[list[int]]:
+    """The sampled tokens of this tick and of those it goes on in."""
+    call = None if due.call is None else (due.call[0], dict(due.call[1]))
+    ids = layout.encode_output(state, due.text, call)
+    return [
+        [
+            token_id
+            for token_id, stream in zip(part.token_ids, part.streams, strict=True)
+            if stream != Stream.FORCED
+        ]
+        for part in layout.split_output(state, ids)
+    ]

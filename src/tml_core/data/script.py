@@ -1,0 +1,241 @@
+"""A scripted interaction: who says what when, what is seen, and what the model should do about it.
+
+One clock, in samples of 16 kHz. The output half of tick k comes when its input has been heard, at
+sample 3200 (k + 1). So what is due at a time belongs to `tick_at` that time, and a reaction to
+something, which has to be heard first, to the tick after that.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import soxr
+from numpy.random import Generator
+
+from tml_core.data.augment import Sound, draw_sound
+from tml_core.data.engines import Speech, Voice
+from tml_core.data.figure import Scene
+from tml_core.data.voices import SpeechBank, Split
+from tml_core.errors import InvalidArgument
+from tml_core.layout.chunk import ToolResult
+from tml_core.media.audio_file import SAMPLE_RATE
+from tml_core.media.micro_turns import TICK_SAMPLES
+
+__all__ = [
+    "REACTION_TICKS",
+    "Expected",
+    "Phrasings",
+    "Script",
+    "ScriptWriter",
+    "Spoken",
+    "perform",
+    "tick_at",
+]
+
+T = TypeVar("T")
+
+REACTION_TICKS: Final = 1
+_MAX_SAMPLES: Final = 120 * SAMPLE_RATE
+
+
+def tick_at(sample: int) -> int:
+    """The first tick whose output comes at ``sample`` or later."""
+    return max(0, -(-sample // TICK_SAMPLES) - 1)
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """Something said. ``start``: its first sample. ``speed``: tempo and pitch together, as of a
+    tape. ``level``: a factor on the amplitude; other people are far away."""
+
+    start: int
+    text: str
+    voice: Voice
+    speed: float = 1.0
+    level: float = 1.0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the model begins in ``tick``: saying ``text``, a ``call`` (name, args), or both."""
+
+    tick: int
+    text: str = ""
+    call: tuple[str, Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Script:
+    """Everything that makes one interaction; equal scripts render to equal bits.
+
+    ``phrasing``: of the request, as in the task's list, for counting and for holding out.
+    ``results``: (tick, result) of tools. ``expected``: in order of ticks; every other is silent.
+    """
+
+    task: str
+    split: Split
+    phrasing: str
+    num_ticks: int
+    spoken: tuple[Spoken, ...]
+    expected: tuple[Expected, ...]
+    sound: Sound
+    scene: Scene | None = None
+    results: tuple[tuple[int, ToolResult], ...] = ()
+
+    def __post_init__(self) -> None:
+        ticks = [one.tick for one in self.expected]
+        if ticks != sorted(set(ticks)):
+            raise InvalidArgument(f"Script.expected: expected rising ticks, got {ticks}")
+        for name, used in (
+            ("expected", ticks),
+            ("results", [tick for tick, _ in self.results]),
+        ):
+            if any(not 0 <= tick < self.num_ticks for tick in used):
+                raise InvalidArgument(
+                    f"Script.{name}: expected ticks in [0, {self.num_ticks}), got {used}"
+                )
+
+
+@dataclass(frozen=True)
+class Phrasings:
+    """Ways to ask for a task, with {fields}; no held-out one is ever seen in training."""
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if both := set(self.train) & set(self.held_out):
+            raise InvalidArgument(f"Phrasings: expected disjoint sets, got {sorted(both)} in both")
+
+    def of(self, split: Split) -> tuple[str, ...]:
+        """Those of a split."""
+        return self.train if split == "train" else self.held_out
+
+
+class ScriptWriter:
+    """A script under construction: time goes on with every pause and everything the user says.
+
+    ``now``: the sample at which the next thing begins. ``user``: the voice of this interaction.
+    """
+
+    def __init__(self, task: str, split: Split, bank: SpeechBank, rng: Generator) -> None:
+        self.split = split
+        self.rng = rng
+        self.now = 0
+        self._task = task
+        self._bank = bank
+        self._voices = bank.voices(split)
+        self._phrasing = ""
+        self._spoken: list[Spoken] = []
+        self._expected: dict[int, Expected] = {}
+        self._results: list[tuple[int, ToolResult]] = []
+        self._scene: Scene | None = None
+        self.user = self.draw_voice()
+        self._speed = round(float(rng.uniform(0.92, 1.08)), 2)
+        self.pause(0.1, 1.2)
+
+    def draw_voice(self, other_than: Voice | None = None) -> Voice:
+        """Somebody of this split. Engines come by the root of how many voices they have: neither
+        is one with a single voice heard all the time, nor hardly ever."""
+        shares = np.sqrt([len(ours) for ours in self._voices])
+        while True:
+            ours = self._voices[int(self.rng.choice(len(shares), p=shares / shares.sum()))]
+            voice = ours[int(self.rng.integers(len(ours)))]
+            rate, pitch = (float(self.rng.choice([0.85, 1.0, 1.15])) for _ in range(2))
+            if other_than is None or voice.name != other_than.name:
+                return Voice(voice.engine, voice.name, rate, pitch)
+
+    def choice(self, values: Iterable[T]) -> T:
+        """One of ``values``."""
+        among = tuple(values)
+        return among[int(self.rng.integers(len(among)))]
+
+    def seconds(self, low: float, high: float) -> int:
+        """A duration between two times, in samples."""
+        return round(float(self.rng.uniform(low, high)) * SAMPLE_RATE)
+
+    def pause(self, low_s: float, high_s: float) -> None:
+        """Nothing happens for a while."""
+        self.now += self.seconds(low_s, high_s)
+
+    def ask(self, phrasings: Phrasings, **fields: object) -> int:
+        """The user asks for the task, in one of the split's ways; the sample it ends at."""
+        self._phrasing = self.choice(phrasings.of(self.split))
+        return self.say(self._phrasing.format(**fields))
+
+    def say(
+        self, text: str, *, voice: Voice | None = None, at: int | None = None, level: float = 1.0
+    ) -> int:
+        """Somebody, by default the user, says ``text``; the sample after its last.
+
+        ``at``: when, by default now, and then time goes on to its end.
+        """
+        spoken = Spoken(
+            self.now if at is None else at, text, voice or self.user, self._speed, level
+        )
+        self._spoken.append(spoken)
+        end = spoken.start + len(perform(spoken, self._bank).pcm)
+        if at is None:
+            self.now = end
+        return end
+
+    def say_marked(self, before: str, after: str) -> int:
+        """The user says ``before after`` without a pause; the sample at which ``after`` begins.
+
+        Where the engine tells no times, they are two utterances end to end, so the mark is exact.
+        """
+        start, index = self.now, len(before.split())
+        whole = Spoken(start, f"{before} {after}", self.user, self._speed)
+        words = perform(whole, self._bank).words
+        # An engine may run words together ("of the"): then it tells fewer times than there are.
+        if words is not None and len(words) == len(whole.text.split()):
+            self.say(whole.text)
+            return start + words[index]
+        mark = self.say(before)
+        self.say(after)
+        return mark
+
+    def expect(
+        self, tick: int, text: str = "", call: tuple[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        """The model should begin this in ``tick``, which has nothing to do yet."""
+        if tick in self._expected:
+            raise InvalidArgument(f"tick: expected one without output, got {tick}")
+        self._expected[tick] = Expected(tick, text, call)
+
+    def result(self, tick: int, result: ToolResult) -> None:
+        """A tool's result comes in ``tick``."""
+        self._results.append((tick, result))
+
+    def show(self, scene: Scene) -> None:
+        """What the camera sees, from the first tick on."""
+        self._scene = scene
+
+    def finish(self) -> Script:
+        """The script up to now."""
+        if self.now > _MAX_SAMPLES:
+            raise InvalidArgument(f"now: expected at most {_MAX_SAMPLES} samples, got {self.now}")
+        return Script(
+            task=self._task,
+            split=self.split,
+            phrasing=self._phrasing,
+            num_ticks=tick_at(self.now) + 1,
+            spoken=tuple(self._spoken),
+            expected=tuple(self._expected[tick] for tick in sorted(self._expected)),
+            sound=draw_sound(self.rng),
+            scene=self._scene,
+            results=tuple(self._results),
+        )
+
+
+def perform(spoken: Spoken, bank: SpeechBank) -> Speech:
+    """What is heard of it, at its speed and level; times of words moved along."""
+    speech = bank.speak(spoken.text, spoken.voice)
+    pcm_S, words = speech.pcm, speech.words
+    if spoken.speed != 1.0:
+        rate = round(SAMPLE_RATE * spoken.speed)
+        pcm_S = soxr.resample(pcm_S, rate, SAMPLE_RATE, quality="HQ")
+        if words is not None:
+            words = tuple(min(at * SAMPLE_RATE // rate, len(pcm_S)) for at in words)
+    return Speech(np.clip(pcm_S * np.float32(spoken.level), -1.0, 1.0), words)

@@ -1,0 +1,155 @@
+"""A speech engine as a program of its own: requests in on stdin, speech out on stdout.
+
+    python -I speech_child.py espeak|pico
+
+Run by path, imports nothing of this package: espeak-ng (GPL) lives in this process alone.
+A request is a line of JSON ``{"text", "voice", "rate", "pitch"}``; the answer is a line of JSON
+``{"num_bytes", "sample_rate", "words"}`` followed by that many bytes of int16 samples, or
+``{"error": ...}`` alone. ``words``: the millisecond at which each begins, null if not known.
+The first line out is ``{"version"}``, or an error where the engine is not installed.
+
+What both libraries say depends on what they said before, so every request is served by a fork that
+has said nothing: the same request always gives the same samples.
+"""
+
+import ctypes
+import ctypes.util
+import json
+import os
+import sys
+from importlib import metadata
+
+_RETRIEVAL = 2  # AUDIO_OUTPUT_SYNCHRONOUS: espeak_Synth returns when all was handed over
+_UTF8 = 1
+_BY_CHARACTER = 1
+_RATE, _PITCH = 1, 3
+_WORD = 1
+
+
+class _Event(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    ]
+
+
+_Callback = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
+
+
+def _library() -> tuple[ctypes.CDLL, bytes | None]:
+    """The library and its data folder: the wheel's, or the system's with its own default."""
+    try:
+        import espeakng_loader
+    except ImportError:
+        name = ctypes.util.find_library("espeak-ng")
+        if name is None:
+            raise OSError("neither the wheel espeakng-loader nor libespeak-ng is here") from None
+        return ctypes.CDLL(name), None
+    return (
+        ctypes.CDLL(espeakng_loader.get_library_path()),
+        espeakng_loader.get_data_path().encode(),
+    )
+
+
+class _Espeak:
+    def __init__(self) -> None:
+        self._library, data_path = _library()
+        self._sample_rate = self._library.espeak_Initialize(_RETRIEVAL, 0, data_path, 0)
+        if self._sample_rate <= 0:
+            raise OSError("espeak_Initialize failed: its voices are missing")
+        info = self._library.espeak_Info
+        info.restype = ctypes.c_char_p
+        self.version = info(None).decode().split()[0]
+        self._pcm = bytearray()
+        self._words: list[int] = []
+        self._callback = _Callback(self._take)  # kept: C holds no reference
+        self._library.espeak_SetSynthCallback(self._callback)
+
+    def speak(self, request: dict[str, object]) -> tuple[dict[str, object], bytes]:
+        text = str(request["text"]).encode()
+        self._pcm.clear()
+        self._words.clear()
+        if self._library.espeak_SetVoiceByName(str(request["voice"]).encode()) != 0:
+            raise ValueError(f"no voice {request['voice']!r}")
+        for parameter, neutral, name in ((_RATE, 160, "rate"), (_PITCH, 50, "pitch")):
+            value = round(neutral * float(str(request[name])))
+            self._library.espeak_SetParameter(parameter, value, 0)
+        size = ctypes.c_size_t(len(text) + 1)
+        if self._library.espeak_Synth(text, size, 0, _BY_CHARACTER, 0, _UTF8, None, None) != 0:
+            raise ValueError("espeak_Synth failed")
+        head = {
+            "num_bytes": len(self._pcm),
+            "sample_rate": self._sample_rate,
+            "words": self._words,
+        }
+        return head, bytes(self._pcm)
+
+    def _take(self, pcm, num_samples, events) -> int:  # type: ignore[no-untyped-def]
+        if pcm and num_samples > 0:
+            self._pcm += ctypes.string_at(pcm, 2 * num_samples)
+        index = 0
+        while events[index].type != 0:
+            event = events[index]
+            if event.type == _WORD:
+                self._words.append(event.audio_position)
+            index += 1
+        return 0
+
+
+class _Pico:
+    def __init__(self) -> None:
+        try:
+            import py_nanotts
+        except ImportError as error:
+            raise OSError(f"the wheel py-nanotts is not here ({error})") from None
+        self._make = py_nanotts.NanoTTS
+        self.version = metadata.version("py-nanotts")
+
+    def speak(self, request: dict[str, object]) -> tuple[dict[str, object], bytes]:
+        pcm = self._make().speak(
+            str(request["text"]),
+            voice=str(request["voice"]),
+            speed=float(str(request["rate"])),
+            pitch=float(str(request["pitch"])),
+        )
+        return {"num_bytes": len(pcm), "sample_rate": 16000, "words": None}, pcm
+
+
+def _answer(speaker: _Espeak | _Pico, line: bytes) -> None:
+    try:
+        head, pcm = speaker.speak(json.loads(line))
+    except (KeyError, ValueError, RuntimeError) as error:
+        head, pcm = {"error": str(error)}, b""
+    sys.stdout.buffer.write(json.dumps(head).encode() + b"\n" + pcm)
+    sys.stdout.buffer.flush()
+    os._exit(0)  # what the parent has buffered stays the parent's
+
+
+def main() -> None:
+    out = sys.stdout.buffer
+    try:
+        speaker = _Pico() if sys.argv[1] == "pico" else _Espeak()
+    except OSError as error:
+        out.write(json.dumps({"error": str(error)}).encode() + b"\n")
+        return
+    out.write(json.dumps({"version": speaker.version}).encode() + b"\n")
+    out.flush()
+    while line := sys.stdin.buffer.readline():
+        pid = os.fork()
+        if pid == 0:
+            _answer(speaker, line)
+        _, status = os.waitpid(pid, 0)
+        if status != 0:
+            return  # half an answer may be out: the pipe's end says so
+
+
+if __name__ == "__main__":
+    main()
