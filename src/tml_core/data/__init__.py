@@ -4,17 +4,17 @@
     for one in interactions(seed=0):            # the same for ever; split="held_out" measures
         transcript = one.transcript(layout)
 
-Who speaks (engines, voices), what is seen (figure), how it is heard (augment), what happens
-(script, tasks), and the stream (interaction). Needs the extra ``train``.
+Who speaks (engines, bank), what is seen (figure), how it is heard (augment), what happens
+(script, tasks), and all of them in order (stream). Needs the extra ``train``.
 """
 
 from tml_core.data.augment import Sound
+from tml_core.data.bank import SPLITS, SpeechBank, cache_folder, voices
 from tml_core.data.engines import Speech, Voice
 from tml_core.data.figure import Rep, Scene
-from tml_core.data.interaction import Interaction, interaction, interactions, render_script
 from tml_core.data.script import Expected, Phrasings, Script, Spoken, tick_at
+from tml_core.data.stream import Interaction, interaction, interactions, render_script
 from tml_core.data.tasks import TASKS
-from tml_core.data.voices import SPLITS, SpeechBank, cache_folder, voices
 
 __all__ = [
     "SPLITS",

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -122,7 +123,8 @@ class _ChildEngine(_Closing):
         """End the child; harmless when done twice."""
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # of a child that is gone, with a request unread
+                    pipe.close()
         self._child.wait()
 
     def _answer(self) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import soxr
 from numpy.random import Generator
 
 from tml_core.data.augment import Sound, draw_sound
+from tml_core.data.bank import SpeechBank, Split
 from tml_core.data.engines import Speech, Voice
 from tml_core.data.figure import Scene
-from tml_core.data.voices import SpeechBank, Split
 from tml_core.errors import InvalidArgument
 from tml_core.layout.chunk import ToolResult
 from tml_core.media.audio_file import SAMPLE_RATE

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.random import Generator, Philox
 
 from tml_core.data.augment import apply_sound
+from tml_core.data.bank import SPLITS, SpeechBank, Split, cache_folder
 from tml_core.data.figure import render
 from tml_core.data.script import Expected, Script, ScriptWriter, perform
 from tml_core.data.tasks import TASKS
-from tml_core.data.voices import SPLITS, SpeechBank, Split, cache_folder
 from tml_core.errors import InvalidArgument
 from tml_core.layout.chunk import Chunk, ToolResult
 from tml_core.layout.micro_turn import MicroTurnLayout, MicroTurnState
