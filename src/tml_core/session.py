@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol, Self, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from tml_core.engine.engine import Admission
+from tml_core.engine.admission import Admission
 from tml_core.engine.host import (
     Host,
     SessionOptions,
@@ -395,7 +395,7 @@ class Session:
         """Remember this point; costs the same however long the session is."""
         seat = self._seat
         with self._idle("mark"):
-            mark = self._host.loop.call(lambda: self._host.loop.awake(seat).mark())
+            mark = self._host.loop.call(lambda: self._host.loop.memory.awake(seat).mark())
             return SessionMark(
                 position=mark.tip + len(seat.state.unsent),
                 tick=seat.state.tick,
@@ -415,7 +415,7 @@ class Session:
 
         def move() -> None:
             # All of it in the engine thread: an interrupted caller leaves no half of it undone.
-            self._host.loop.awake(seat).rewind(mark._mark)
+            self._host.loop.memory.awake(seat).rewind(mark._mark)
             seat.state, seat.waiting_items = mark._state, mark._items
             seat.position = mark.position
             seat.epoch += 1
@@ -478,7 +478,7 @@ class Session:
 
             def make() -> Seat:
                 mark = None if at is None else at._mark
-                sequence = self._host.loop.awake(parent).fork(mark, seed=seed)
+                sequence = self._host.loop.memory.awake(parent).fork(mark, seed=seed)
                 seat = Seat(sequence, parent.layout, parent.sampling, parent.degrade)
                 seat.state = parent.state if at is None else at._state
                 seat.position = sequence.tip + len(seat.state.unsent)
@@ -508,7 +508,7 @@ class Session:
         """
         seat = self._seat
         with self._idle("park"):
-            self._host.loop.call(lambda: self._host.loop.park(seat))
+            self._host.loop.call(lambda: self._host.loop.memory.park(seat))
 
     # Looking.
 
@@ -544,7 +544,7 @@ class Session:
 
         def look() -> NDArray[np.int64]:
             unsent = np.array(seat.state.unsent, np.int64)
-            return np.concatenate((self._host.loop.awake(seat).token_ids(), unsent))
+            return np.concatenate((self._host.loop.memory.awake(seat).token_ids(), unsent))
 
         with self._idle("token_ids"):
             return self._host.loop.call(look)

@@ -11,7 +11,8 @@ from typing import Any, Final, Self, get_args
 
 import numpy as np
 
-from tml_core.engine.engine import Admission, EngineLoop
+from tml_core.engine.admission import Admission
+from tml_core.engine.engine import EngineLoop
 from tml_core.engine.model import Model, load_model
 from tml_core.engine.sampler import SampleRequest, SamplingParams, sample_rows
 from tml_core.engine.seat import Degrade, Seat

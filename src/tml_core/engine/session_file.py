@@ -42,7 +42,7 @@ def write_session(host: Host, seat: Seat, target: Path) -> None:
         "transcript": [asdict(one) for one in seat.transcript],
     }
     note = json.dumps(header, sort_keys=True).encode()
-    host.loop.call(lambda: host.loop.awake(seat).snapshot(target, note=note))
+    host.loop.call(lambda: host.loop.memory.awake(seat).snapshot(target, note=note))
 
 
 def read_session(host: Host, path: Path) -> Seat:

@@ -1,0 +1,274 @@
+"""One ragged step of the turns that have work: compose it, run it, draw from it, recover from it.
+
+A step takes every turn that has work: some bring the input half of a tick, others the one token
+drawn last; then all rows that need a token are sampled together. What fails for one turn ends that
+turn alone.
+"""
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tml_core.engine.cost_model import CostModel
+from tml_core.engine.job import Ahead, Job
+from tml_core.engine.runner import Singles, StepInput
+from tml_core.engine.sampler import RowBuffers
+from tml_core.engine.scheduler import compose
+from tml_core.engine.seat import Seat
+from tml_core.engine.stats import EngineCounters
+from tml_core.errors import PoolExhausted
+from tml_core.media.segments import Block, Segment
+from tml_core.model.kv_store import KvStore
+from tml_core.model.step_batch import StepBatch
+from tml_core.ops.lm_head import SampleRows
+from tml_core.sequence.sequence import Sequence
+from tml_core.sequence.store import SequenceStore
+
+__all__ = ["StepModel", "Stepper", "guarded"]
+
+
+class _Backbone(Protocol):
+    def embed_ids(self, ids_T: Tensor) -> Tensor: ...
+
+    def step(self, x_TD: Tensor, batch: StepBatch, kv: KvStore) -> Tensor: ...
+
+    def sample(self, h_BD: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]: ...
+
+
+class _Runner(Protocol):
+    @property
+    def max_step_tokens(self) -> int: ...
+
+    @property
+    def kernel_s(self) -> float: ...
+
+    def run(self, inputs: SequenceOf[StepInput]) -> list[Tensor]: ...
+
+    def run_beside(
+        self, inputs: SequenceOf[StepInput], singles: Singles
+    ) -> tuple[list[Tensor], Tensor]: ...
+
+
+class StepModel(Protocol):
+    """What the engine needs of a model."""
+
+    @property
+    def backbone(self) -> _Backbone:
+        """Samples one token a row: ids int64 [B], log-probabilities fp32 [B]."""
+
+    @property
+    def runner(self) -> _Runner:
+        """Appends all inputs or none; returns the hidden states [T, D] of each."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens there are."""
+
+    @property
+    def encoder_s(self) -> float:
+        """Time in the encoders so far."""
+
+    @property
+    def store(self) -> SequenceStore:
+        """The memory of its sequences."""
+
+    def restore_sequence(self, path: Path) -> Sequence:
+        """The sequence that a snapshot holds."""
+
+    def prepare(self, sequence: Sequence, segments: SequenceOf[Segment | Block]) -> StepInput:
+        """Embed what a sequence is about to append."""
+
+
+class Stepper:
+    """Takes the turns of an engine through the model; used by the engine thread alone.
+
+    ``make_room``: gives up memory that can be done without, but not that of the seat it is given;
+    False if there is none.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        counters: EngineCounters,
+        make_room: Callable[[Seat | None], bool],
+    ) -> None:
+        self._model = model
+        self._counters = counters
+        self._make_room = make_room
+        self._other_kernel_s = 0.0  # beside what the model and its runner note themselves
+        # Rows of a step of single tokens, in fixed memory.
+        num_slots = model.store.kv.num_slots
+        self._rows = StepBatch(num_slots, num_slots)
+        self._ids_B = torch.zeros(num_slots, dtype=torch.int64)
+        self._token_ids: NDArray[np.int64] = self._ids_B.numpy()
+        self._samples = RowBuffers(num_slots, -(-model.vocab_size // 32))
+
+    @property
+    def kernel_s(self) -> float:
+        """Time in the model, its encoders and the sampler so far."""
+        return self._model.encoder_s + self._model.runner.kernel_s + self._other_kernel_s
+
+    def advance(self, jobs: list[Job], costs: CostModel, begin_s: float) -> tuple[int, int]:
+        """One step of these turns; returns how many positions of how many sequences went in.
+
+        Those that bring the one token drawn last go in together, in fixed memory; inputs beside
+        them. If that fails, all is brought as inputs, which can be told apart.
+        """
+        others = [job for job in jobs if not job.is_decoding]
+        talking = [job for job in jobs if job.is_decoding] if others else jobs
+        try:
+            for job in talking:
+                job.make_room()
+        except Exception:
+            return self._bring(jobs, costs, begin_s)
+        ahead = self._feed(talking)
+        if not ahead:
+            return self._bring(others, costs, begin_s) if others else (0, 0)
+        pieces = self._pieces([*talking, *others], costs, begin_s) if others else []
+        done: list[tuple[Job, Tensor]] = []
+        try:
+            slots, positions, token_ids = zip(*ahead, strict=True)
+            inputs = [job.piece(count) for job, count in pieces]
+            self._token_ids[: len(ahead)] = token_ids
+            if not inputs:
+                self._rows.fill_single(slots, positions)
+                begin_kernel_s = time.perf_counter()
+                x_BD = self._model.backbone.embed_ids(self._ids_B[: len(ahead)])
+                h_BD = self._model.backbone.step(x_BD, self._rows, self._model.store.kv)
+                self._other_kernel_s += time.perf_counter() - begin_kernel_s
+            else:
+                x_BD = self._model.backbone.embed_ids(self._ids_B[: len(ahead)])
+                singles = Singles(slots, positions, x_BD)
+                hidden, h_BD = self._model.runner.run_beside(inputs, singles)
+                done = list(zip((job for job, _ in pieces), hidden, strict=True))
+        except Exception:
+            # Nobody knows how far it got, or because of whom.
+            for job, _ in pieces:
+                job.prepare(None)
+            behind = [job for job in talking if guarded(job, job.catch_up)]
+            left = [job for job in others if not job.is_done]
+            return self._bring([*behind, *left], costs, begin_s)
+        return self._end_step(done, talking, h_BD, costs)
+
+    def _bring(self, jobs: list[Job], costs: CostModel, begin_s: float) -> tuple[int, int]:
+        """`advance` with everything as inputs."""
+        step = self._pieces(jobs, costs, begin_s)
+        return self._end_step(self._append(step) if step else [], [], None, costs)
+
+    def _feed(self, talking: list[Job]) -> list[Ahead]:
+        """The tokens drawn last; a turn that fails to give its own leaves the list."""
+        ahead = []
+        for job in list(talking):
+            try:
+                ahead.append(job.feed_one())
+            except Exception as error:
+                job.fail(error)
+                talking.remove(job)
+        return ahead
+
+    def _pieces(self, jobs: list[Job], costs: CostModel, begin_s: float) -> list[tuple[Job, int]]:
+        """What of the inputs goes into this step, beside the tokens that are fed already."""
+        entries = []
+        for job in jobs:
+            if job.is_fed or guarded(job, lambda job=job: self._prepare(job)):  # type: ignore[misc]
+                entries.append(job)
+        step = compose(entries, self._model.runner.max_step_tokens, costs, begin_s)
+        return [(job, count) for job, count in step if not job.is_fed]
+
+    def _end_step(
+        self,
+        done: list[tuple[Job, Tensor]],
+        talking: list[Job],
+        h_BD: Tensor | None,
+        costs: CostModel,
+    ) -> tuple[int, int]:
+        """Go on with what a step gave: ``done`` inputs, and the fed tokens of ``talking``."""
+        num_rows = len(done) + len(talking)
+        if not num_rows:
+            return 0, 0
+        num_tokens = sum(len(h_TD) for _, h_TD in done) + len(talking)
+        self._counters.steps += 1
+        self._counters.step_tokens += num_tokens
+        wanting, rows = [], []
+        for job, h_TD in done:
+            if guarded(job, lambda job=job, h_TD=h_TD: job.end_step(h_TD, costs, num_rows)):  # type: ignore[misc]
+                wanting.append(job)
+                rows.append(job.hidden)
+        kept = []
+        for row, job in enumerate(talking):
+            if guarded(job, lambda job=job: job.end_token(num_rows)):  # type: ignore[misc]
+                wanting.append(job)
+                kept.append(row)
+        if wanting:
+            if h_BD is not None and len(kept) < len(talking):
+                h_BD = h_BD[kept]
+            parts = [torch.stack(rows)] if rows else []
+            if h_BD is not None and kept:
+                parts.append(h_BD)
+            h_BD = parts[0] if len(parts) == 1 else torch.cat(parts)
+            self._draw(wanting, h_BD, costs, num_rows)
+        return num_tokens, num_rows
+
+    def _prepare(self, job: Job) -> bool:
+        job.bring_tokens()
+        if not job.is_prepared:
+            job.prepare(self._model.prepare(job.seat.sequence, job.segments))
+        return True
+
+    def _append(self, step: SequenceOf[tuple[Job, int]]) -> list[tuple[Job, Tensor]]:
+        """Append what the turns bring. If they cannot go together, each goes alone, so that an
+        error ends only the turn it belongs to."""
+        try:
+            pieces = [job.piece(count) for job, count in step]
+            hidden = self._model.runner.run(pieces)
+            return list(zip((job for job, _ in step), hidden, strict=True))
+        except PoolExhausted as error:
+            if not self._make_room(None) and len(step) == 1:
+                step[0][0].fail(error)
+                return []
+        except Exception as error:
+            if len(step) == 1:
+                step[0][0].fail(error)
+                return []
+        found = []
+        for job, count in step:
+            job.prepare(None)
+            if guarded(job, lambda job=job: self._prepare(job)):  # type: ignore[misc]
+                found += self._append([(job, count)])
+        return found
+
+    def _draw(self, jobs: list[Job], h_BD: Tensor, costs: CostModel, batch_size: int) -> None:
+        """Draw a token for each of the turns, from its row of hidden states."""
+        try:
+            rows = self._samples.fill([job.request for job in jobs])
+            begin_s = time.perf_counter()
+            tokens, logprobs = self._model.backbone.sample(h_BD, rows)
+            self._other_kernel_s += time.perf_counter() - begin_s
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].fail(error)
+                return
+            for row, job in enumerate(jobs):
+                self._draw([job], h_BD[row : row + 1], costs, batch_size)
+            return
+        for job, token_id, logprob in zip(jobs, tokens.tolist(), logprobs.tolist(), strict=True):
+            try:
+                job.accept(token_id, logprob, costs, batch_size)
+            except Exception as error:
+                job.fail(error)
+
+
+def guarded(job: Job, act: Callable[[], bool | None]) -> bool:
+    """Run one turn's own part; its error ends that turn alone, and counts as False."""
+    try:
+        return bool(act())
+    except Exception as error:
+        job.fail(error)
+        return False
