@@ -1,32 +1,28 @@
-"""Sessions and the engine they run in: what users import.
+"""A session: one live conversation on one persistent sequence.
 
-A `Session` is one live conversation on one persistent sequence. `Session.append` takes 200 ms of
-input and returns a `Turn` at once; the turn's events come as the model writes them. An `Engine`
-runs many sessions of one model in common steps; a session opened without one shares a private
-engine with the other sessions of its model.
+`Session.append` takes 200 ms of input and returns a `Turn` at once; the turn's events come as the
+model writes them. A session opened without an engine shares a private one with the other sessions
+of its model.
 """
 
 import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self, TypeVar, get_args
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tml_core.engine.admission import Admission
 from tml_core.engine.host import (
     Host,
     SessionOptions,
     Tool,
     engine_seat,
     loaded_model,
-    new_loop,
     new_seat,
     require_seed,
 )
@@ -35,25 +31,19 @@ from tml_core.engine.model import Model
 from tml_core.engine.sampler import SamplingParams
 from tml_core.engine.seat import MAX_PENDING, Attachment, Degrade, Part, Seat, TickRecord
 from tml_core.engine.session_file import read_session, write_session
-from tml_core.engine.stats import EngineStats
 from tml_core.engine.turn import Turn, require_heard
-from tml_core.errors import (
-    InvalidArgument,
-    InvalidType,
-    Overloaded,
-    SessionClosed,
-    Unsupported,
-)
+from tml_core.errors import InvalidArgument, Overloaded, SessionClosed, Unsupported
 from tml_core.layout.chat_template import ChatLayout
 from tml_core.layout.chunk import Chunk, ToolResult, as_chunk
 from tml_core.layout.select import layout_for
 from tml_core.layout.state import EncodedInput, LayoutState, OutputHalf
 from tml_core.media.micro_turns import TICK_MS, MicroTurn
 from tml_core.media.segments import Tokens
-from tml_core.sequence.sequence import Mark
-from tml_core.sequence.values import Evicted, Retention
+from tml_core.sequence.values import Retention
+from tml_core.session.checks import require_count, require_deadline, require_mark
+from tml_core.session.values import SessionInfo, SessionMark, info_of
 
-__all__ = ["Engine", "Session", "SessionInfo", "SessionMark"]
+__all__ = ["Session"]
 
 T = TypeVar("T")
 
@@ -63,161 +53,6 @@ class Runner(Protocol):
 
     def bind(self, session: Any, seat: Seat) -> Attachment:
         """Tie a session to the runner."""
-
-
-@dataclass(frozen=True)
-class SessionMark:
-    """A point of a session to come back to; taken by `Session.mark`.
-
-    It keeps some memory (the sliding layers' window of its time) as long as it lives.
-    """
-
-    position: int
-    tick: int
-    _mark: Mark
-    _state: LayoutState
-    _items: tuple[ToolResult, ...]
-
-
-@dataclass(frozen=True)
-class SessionInfo:
-    """Where a session stands.
-
-    ``position``: positions in the sequence, those still unsent included. ``tick``: the one that
-    comes next. ``media_ms``: media time appended. ``num_waiting``: ids of text and tool results
-    that wait for their budget. ``num_pages``, ``kv_bytes``: memory held, what forks share included.
-    ``evicted``: positions dropped by retention. ``state_hash``: of all that was run through the
-    model; equal for equal prefixes.
-    """
-
-    layout: str
-    position: int
-    tick: int
-    media_ms: int
-    epoch: int
-    is_busy: bool
-    num_waiting: int
-    is_in_call: bool
-    open_calls: tuple[tuple[str, str], ...]
-    num_pages: int
-    kv_bytes: int
-    evicted: Evicted | None
-    state_hash: str
-    is_parked: bool
-
-
-class Engine:
-    """Runs many sessions of one model: one thread, one ragged step for all that have work.
-
-    ``max_sessions``: how many may be open at once, forks included; at most what the model was
-    loaded for. While it is open the model's sequences belong to it: use the model through sessions.
-    ``admission``: "capacity" refuses a session with Overloaded when, by the steps measured so far,
-    a tick of all of them at once would take longer than 200 ms in one case of a hundred.
-    ``park_after_s``: a session idle for so long is parked (see `Session.park`), and one idle for
-    less if memory runs short; then ``max_sessions`` may be more than the model was loaded for.
-    None: only `Session.park` parks. ``park_dir``: where the files go; the system's place for
-    temporary files by default.
-    Raises InvalidArgument for a bad count or a model that another engine runs.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        *,
-        max_sessions: int | None = None,
-        admission: Admission = "none",
-        park_after_s: float | None = None,
-        park_dir: str | Path | None = None,
-    ) -> None:
-        if not isinstance(model, Model):
-            raise InvalidType(f"model: expected Model, got {type(model).__name__}")
-        num_slots = model.store.kv.num_slots
-        wanted = num_slots if max_sessions is None else max_sessions
-        if isinstance(wanted, bool) or not isinstance(wanted, int):
-            raise InvalidType(f"max_sessions: expected an int, got {type(wanted).__name__}")
-        _require_park_after(park_after_s)
-        if wanted < 1 or (wanted > num_slots and park_after_s is None):
-            raise InvalidArgument(
-                f"max_sessions: expected 1 to {num_slots} (load_model(max_sequences=...)), "
-                f"got {wanted}"
-            )
-        layout = layout_for(model.config, model.tokenizer)
-        if admission not in get_args(Admission):
-            raise InvalidArgument(f"admission: expected 'none' or 'capacity', got {admission!r}")
-        loop = new_loop(
-            model,
-            layout,
-            wanted,
-            admission=admission,
-            park_after_s=park_after_s,
-            park_dir=park_dir,
-        )
-        self._host: Final = Host(loop, model, layout)
-        self._finalizer = weakref.finalize(self, loop.shutdown, wait=False)
-
-    @property
-    def model(self) -> Model:
-        """The model it runs."""
-        return self._host.model
-
-    def open(
-        self,
-        *,
-        system: str | None = None,
-        tools: SequenceOf[Tool] = (),
-        seed: int = 0,
-        sampling: SamplingParams | None = None,
-        retention: Retention | None = None,
-        effort: float | str | None = None,
-        degrade: Degrade = "none",
-    ) -> "Session":
-        """A new session in this engine; arguments as for `Session`.
-
-        Raises PoolExhausted when all are in use, Overloaded when admission finds no capacity,
-        SessionClosed after `close`.
-        """
-        options = SessionOptions.checked(
-            self._host.layout, system, tools, seed, sampling, retention, effort, degrade
-        )
-        seat = self._host.loop.add_seat(lambda: new_seat(self._host, options))
-        session = Session._over(self._host, seat, self)
-        session._put_prefix(options.prefix)
-        return session
-
-    def restore(self, path: str | Path) -> "Session":
-        """The session that `Session.snapshot` wrote, in this engine; see `Session.restore`."""
-        seat = self._host.loop.add_seat(lambda: read_session(self._host, Path(path)))
-        return Session._over(self._host, seat, self)
-
-    @property
-    def num_sessions(self) -> int:
-        """Sessions that are open."""
-        return self._host.loop.num_sessions
-
-    def stats(self) -> EngineStats:
-        """Gauges and counters of this moment; cheap, and does not wait for the running step."""
-        return self._host.loop.stats()
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether it takes no more work."""
-        return self._host.loop.is_shut
-
-    def close(self) -> None:
-        """Close all sessions and wait for the thread to end; a second time does nothing."""
-        self._finalizer.detach()
-        self._host.loop.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Session:
@@ -304,9 +139,9 @@ class Session:
         it stood before the append.
         """
         taken = as_chunk(chunk)
-        _require_deadline(deadline_ms)
-        _require_count("seq", seq)
-        _require_count("expect_tip", expect_tip)
+        require_deadline(deadline_ms)
+        require_count("seq", seq)
+        require_count("expect_tip", expect_tip)
         seat = self._seat
         with seat.lock:
             seat.require_open("append")
@@ -410,7 +245,7 @@ class Session:
         Raises InvalidArgument for a mark of another session, one left behind by an earlier rewind,
         or one whose positions retention has dropped since.
         """
-        _require_mark("mark", mark)
+        require_mark("mark", mark)
         seat = self._seat
 
         def move() -> None:
@@ -471,7 +306,7 @@ class Session:
         without room, and as `rewind` for the mark.
         """
         if at is not None:
-            _require_mark("at", at)
+            require_mark("at", at)
         require_seed(seed)
         parent = self._seat
         with self._idle("fork"):
@@ -514,29 +349,8 @@ class Session:
 
     def info(self) -> SessionInfo:
         """Where the session stands. During a turn the counts are those of its last step."""
-        seat, model = self._seat, self._host.model
-
-        def look() -> SessionInfo:
-            sequence, state, parked = seat.sequence, seat.state, seat.parked
-            num_unsent = 0 if seat.is_busy else len(state.unsent)
-            return SessionInfo(
-                layout=seat.layout.name,
-                position=(sequence.tip if parked is None else parked.tip) + num_unsent,
-                tick=state.tick,
-                media_ms=sequence.carry.clock_ms if parked is None else parked.clock_ms,
-                epoch=seat.epoch,
-                is_busy=seat.is_busy,
-                num_waiting=state.num_waiting,
-                is_in_call=state.is_in_call,
-                open_calls=state.open_calls,
-                num_pages=0 if parked else sequence.num_pages,
-                kv_bytes=0 if parked else model.store.kv.sizes.sequence_bytes(sequence.tip),
-                evicted=parked.evicted if parked else sequence.evicted,
-                state_hash=parked.state_hash if parked else sequence.state_hash,
-                is_parked=parked is not None,
-            )
-
-        return self._look("info", look)
+        seat, store = self._seat, self._host.model.store
+        return self._look("info", lambda: info_of(seat, store))
 
     def token_ids(self) -> NDArray[np.int64]:
         """The whole sequence as ids, those still unsent included: -1 for sound, -2 for pictures."""
@@ -607,12 +421,12 @@ class Session:
         return f"Session({self._seat.layout.name}, {state})"
 
     @classmethod
-    def _over(cls, host: Host, seat: Seat, engine: Engine | None) -> "Session":
+    def _over(cls, host: Host, seat: Seat, engine: object) -> "Session":
         session = cls.__new__(cls)
         session._attach(host, seat, engine)
         return session
 
-    def _attach(self, host: Host, seat: Seat, engine: Engine | None) -> None:
+    def _attach(self, host: Host, seat: Seat, engine: object) -> None:
         self._host = host
         self._seat = seat
         # An engine that nobody else holds must not end before its sessions.
@@ -670,35 +484,3 @@ class Session:
 
 def _no_output(_state: LayoutState, _epoch: int) -> OutputHalf | None:
     return None
-
-
-def _require_count(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidType(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 0:
-        raise InvalidArgument(f"{name}: expected at least 0, got {value}")
-
-
-def _require_park_after(park_after_s: object) -> None:
-    if park_after_s is None:
-        return
-    if isinstance(park_after_s, bool) or not isinstance(park_after_s, (int, float)):
-        raise InvalidType(f"park_after_s: expected a number, got {type(park_after_s).__name__}")
-    if not park_after_s >= 0:
-        raise InvalidArgument(f"park_after_s: expected at least 0, got {park_after_s}")
-
-
-def _require_deadline(deadline_ms: object) -> None:
-    if deadline_ms is None:
-        return
-    if isinstance(deadline_ms, bool) or not isinstance(deadline_ms, (int, float)):
-        raise InvalidType(f"deadline_ms: expected a number, got {type(deadline_ms).__name__}")
-    if not deadline_ms > 0:
-        raise InvalidArgument(f"deadline_ms: expected more than 0, got {deadline_ms}")
-
-
-def _require_mark(name: str, mark: object) -> None:
-    if not isinstance(mark, SessionMark):
-        raise InvalidType(f"{name}: expected SessionMark, got {type(mark).__name__}")
