@@ -16,7 +16,7 @@ from tml_core.data import engines as engines_module
 from tml_core.data.engines import EspeakEngine, FliteEngine, PicoEngine, Speech
 
 CHILD = Path(engines_module.__file__).with_name("speech_child.py")
-WHEELS = ((EspeakEngine, "en-us+f2"), (PicoEngine, "en-US"))
+WHEELS = ((EspeakEngine, "en-us+f2"), (PicoEngine, "en-US"))  # f2 breathes: it has noise in it
 
 
 @pytest.mark.parametrize(("make", "name"), WHEELS)

@@ -60,7 +60,8 @@ class SpeechBank:
 
     ``engines``: names that must be there; by default all that are. What the data of a seed sounds
     like depends on them, so name them where it must be the same on another machine. ``cache``: a
-    folder several processes may share; None keeps nothing.
+    folder several processes may share; None keeps nothing. Each process needs a bank of its own:
+    one that was forked would read its parent's answers.
 
     Raises MissingExtra for a named engine that is not installed, or when there is none at all.
     """

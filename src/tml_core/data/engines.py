@@ -95,6 +95,7 @@ class _ChildEngine(_Closing):
             [sys.executable, "-I", str(program), self.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for us; it ends when its stdin does
         )
         hello = self._answer()
         if "error" in hello:

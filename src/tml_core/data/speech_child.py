@@ -74,6 +74,11 @@ class _Espeak:
         self._library.espeak_SetSynthCallback(self._callback)
 
     def speak(self, request: dict[str, object]) -> tuple[dict[str, object], bytes]:
+        # Breath is noise, which espeak_Initialize seeds with the time of day: the library's own
+        # since 1.52, that of the C library before.
+        ctypes.CDLL(None).srand(1)
+        if hasattr(self._library, "espeak_ng_SetRandSeed"):
+            self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         text = str(request["text"]).encode()
         self._pcm.clear()
         self._words.clear()
