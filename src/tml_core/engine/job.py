@@ -9,16 +9,16 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from enum import Enum
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from tml_core.contract import PAGE_LEN
 from tml_core.engine.runner import StepInput
 from tml_core.engine.sampler import SampleRequest
 from tml_core.engine.seat import Part, Seat, TickRecord
 from tml_core.engine.stats import EngineCounters
+from tml_core.engine.token_feed import FedToken, TokenFeed
 from tml_core.engine.turn import Ending, Turn, end_together
 from tml_core.errors import InvalidArgument, TmlError
 from tml_core.layout.events import (
@@ -36,12 +36,8 @@ from tml_core.media.audio_file import SAMPLE_RATE
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import Block, Segment, Tokens
 from tml_core.sequence.sequence import Mark
-from tml_core.sequence.token_log import text_records
 
-__all__ = ["Ahead", "Costs", "Job"]
-
-# Tokens that are given to the model before the sequence's books are brought up to date.
-_MAX_AHEAD: Final = 16
+__all__ = ["Costs", "Job"]
 
 # After so long a turn without a deadline is as urgent as one whose deadline is now.
 _PATIENCE_S: Final = 2.0
@@ -52,14 +48,6 @@ class Costs(Protocol):
 
     def step_s(self, num_tokens: int, num_rows: int) -> float:
         """Seconds of a step of that many positions in that many sequences, sampling included."""
-
-
-class Ahead(NamedTuple):
-    """A token on its way into a sequence."""
-
-    slot: int
-    position: int
-    token_id: int
 
 
 class _Phase(Enum):
@@ -94,10 +82,8 @@ class Job:
         self._fresh: list[Event] = []
         self._delivered = (0, 0)  # tokens and events of the output that readers could see
         self._h_D: Tensor | None = None
-        self._ahead: list[int] = []  # given to the model, not yet in the sequence
-        self._num_ahead = 0  # room that was reserved for them
+        self.feed = TokenFeed(seat)
         self._is_fed = False
-        self._tip = self._slot = 0
         self._is_behind = False  # the sequence lacks tokens that the model had been given
         self._rested_since_s: float | None = None
         self.counters = EngineCounters()  # the engine puts its own in this place
@@ -150,56 +136,27 @@ class Job:
         """Whether it brings just the one token that was drawn last."""
         return self._phase == _Phase.SAMPLING and not self._segments and not self._is_behind
 
-    def make_room(self) -> None:
-        """Have room for the token drawn last.
-
-        Room is reserved for several at once, and they become part of the sequence together, with
-        `flush`: so a token does not cost what keeping a sequence in order costs. Raises
-        PoolExhausted without room; nothing has changed then.
-        """
-        if self._num_ahead == len(self._ahead):
-            self.flush()
-            sequence = self.seat.sequence
-            tip = sequence.tip
-            num_ahead = min(PAGE_LEN - tip % PAGE_LEN, _MAX_AHEAD)
-            sequence.reserve(num_ahead)
-            self._num_ahead, self._tip, self._slot = num_ahead, tip, sequence.slot.index
-
-    def feed_one(self) -> Ahead:
-        """The token drawn last, and where it goes; it counts as given to the model. There must be
-        room for it."""
+    def feed_one(self) -> FedToken:
+        """The token drawn last, and where it goes; it counts as given to the model. The feed
+        must have room for it."""
         (token_id,) = self._open_output().take_unfed()
-        position = self._tip + len(self._ahead)
-        self._ahead.append(token_id)
         self._is_fed = True
-        return Ahead(self._slot, position, token_id)
-
-    def flush(self) -> None:
-        """Make the tokens of `feed_one` part of the sequence."""
-        if not self._num_ahead:
-            return
-        ahead, self._ahead, self._num_ahead = self._ahead, [], 0
-        sequence = self.seat.sequence
-        if ahead:
-            sequence.commit(text_records(ahead))
-        else:
-            sequence.abort()
+        return self.feed.feed(token_id)
 
     def catch_up(self) -> None:
         """A step has failed and may have left anything behind: take the output so far as one more
         input, from where it begins."""
         assert self._after_input is not None  # it is decoding
         self._is_fed = False
-        self._ahead.clear()
-        self.flush()
-        self._rewind(self._after_input)
+        self.feed.drop()
+        self.seat.sequence.rewind(self._after_input)
         self._is_behind = True
 
     def bring_tokens(self) -> None:
         """Bring what was drawn and is not in the sequence as `segments`."""
         if self._phase != _Phase.SAMPLING or self._segments:
             return
-        self.flush()
+        self.feed.flush()
         output = self._open_output()
         unfed = output.take_unfed()
         self._segments = (Tokens(output.token_ids if self._is_behind else unfed),)
@@ -283,10 +240,8 @@ class Job:
     @property
     def request(self) -> SampleRequest:
         """How the wanted token is drawn."""
-        seat = self.seat
-        sequence = seat.sequence
-        position = sequence.tip + len(self._ahead)
-        return SampleRequest(seat.sampling, sequence.seed, position, self._open_output().allowed())
+        seat, allowed = self.seat, self._open_output().allowed()
+        return SampleRequest(seat.sampling, seat.sequence.seed, self.feed.next_position, allowed)
 
     def accept(self, token_id: int, logprob: float, costs: Costs, batch_size: int) -> None:
         """Take a sampled token; the turn may end with it."""
@@ -320,8 +275,8 @@ class Job:
         sequence = self.seat.sequence
         if not sequence.is_closed and self._before is not None:
             try:
-                self._ahead.clear()
-                self._rewind(self._before)
+                self.feed.drop()
+                sequence.rewind(self._before)
             except Exception:
                 # Nowhere to go back to: rather no session than one in an unknown state.
                 self.seat.is_closed = True
@@ -465,7 +420,7 @@ class Job:
             first = seat.first_unheard(heard_ms)
             if first is None:
                 return False
-            self.flush()
+            self.feed.flush()
             try:
                 replayed = seat.forget_output(first)
             except InvalidArgument:
@@ -558,7 +513,7 @@ class Job:
         """End the turns of all parts; without a ``state`` they are undone."""
         sequence, parts = self.seat.sequence, self._parts
         if not sequence.is_closed:
-            self.flush()
+            self.feed.flush()
             tip, num_pages = sequence.tip, sequence.num_pages
             for part in parts:
                 part.turn.clock.position, part.turn.clock.num_pages = tip, num_pages
@@ -617,7 +572,7 @@ class Job:
         return part.encoded.state
 
     def _rewind(self, mark: Mark) -> None:
-        self.flush()
+        self.feed.flush()
         self.seat.sequence.rewind(mark)
 
     def _carry_changes(self) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tml_core.engine.cost_model import CostModel
-from tml_core.engine.job import Ahead, Job
+from tml_core.engine.job import Job
 from tml_core.engine.runner import Singles, StepInput
 from tml_core.engine.sampler import RowBuffers
 from tml_core.engine.scheduler import compose
 from tml_core.engine.seat import Seat
 from tml_core.engine.stats import EngineCounters
+from tml_core.engine.token_feed import FedToken
 from tml_core.errors import PoolExhausted
 from tml_core.media.segments import Block, Segment
 from tml_core.model.kv_store import KvStore
@@ -125,7 +126,7 @@ class Stepper:
         talking = [job for job in jobs if job.is_decoding] if others else jobs
         try:
             for job in talking:
-                job.make_room()
+                job.feed.make_room()
         except Exception:
             return self._bring(jobs, costs, begin_s)
         ahead = self._feed(talking)
@@ -162,7 +163,7 @@ class Stepper:
         step = self._pieces(jobs, costs, begin_s)
         return self._end_step(self._append(step) if step else [], [], None, costs)
 
-    def _feed(self, talking: list[Job]) -> list[Ahead]:
+    def _feed(self, talking: list[Job]) -> list[FedToken]:
         """The tokens drawn last; a turn that fails to give its own leaves the list."""
         ahead = []
         for job in list(talking):
