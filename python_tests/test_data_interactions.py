@@ -22,6 +22,7 @@ from tml_core.data import (
     Phrasings,
     Script,
     SpeechBank,
+    Spoken,
     interaction,
     interactions,
     render_script,
@@ -334,3 +335,11 @@ def test_refusals(bank: SpeechBank, layout: MicroTurnLayout) -> None:
     cut = Interaction(expecting(Expected(script.num_ticks - 1, "a long sentence")), one.chunks)
     with pytest.raises(errors.InvalidArgument, match="ticks before its output does"):
         cut.runs(layout)
+
+
+def test_everybody_is_as_loud(bank: SpeechBank) -> None:
+    for split in SPLITS:
+        for ours in bank.voices(split):
+            for level in (1.0, 0.25):
+                heard = perform(Spoken(0, "good morning", ours[0], 1.05, level), bank).pcm
+                assert np.sqrt(np.mean(heard**2)) == pytest.approx(0.1 * level, rel=0.02)
