@@ -28,8 +28,9 @@ def embed(
 
     ids_T: int64 [T]; table_VH: [V, H] fp32 or bf16; weight_H: [H] of the norm, same dtype.
     Returns [T, H], which is ``out_TH`` where given (CPU, not differentiable). Differentiable in
-    table (a dense gradient) and weight. Off the CPU this is ``embed_reference``. Raises InvalidArgument, before anything is written, on an id outside
-    [0, V), and on another dtype, shape or layout.
+    table (a dense gradient) and weight. Off the CPU this is ``embed_reference``. Raises
+    InvalidArgument, before anything is written, on an id outside [0, V), and on another dtype,
+    shape or layout.
     """
     if not table_VH.is_cpu:
         return embed_reference(ids_T, table_VH, weight_H, eps)
