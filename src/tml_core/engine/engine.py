@@ -3,9 +3,6 @@
 All sequences belong to the engine thread. Other threads post what they want into its inbox and
 wait; between two steps it is done in order. `Stepper` makes the steps, `SeatMemory` keeps the seats
 within the memory there is.
-
-A turn is a transaction. It ends by its end (input and output stand in the sequence), by a cancel
-(see `Turn.cancel`) or by an error (the sequence stands where it stood before the append).
 """
 
 import contextlib
@@ -125,7 +122,7 @@ class EngineLoop:
 
         def add() -> None:
             if job.seat in self._seats:
-                job.counters = self.counters
+                job.parts.counters = self.counters
                 self._jobs.append(job)
             else:
                 job.fail(SessionClosed("turn: the session was closed"))
@@ -339,7 +336,7 @@ class EngineLoop:
             parts = [seat.parts.popleft() for _ in range(len(seat.parts) if takes_all else 1)]
             is_followed = any(part.turn.cancelled != "none" for part in seat.parts)
             job = Job(seat, parts, is_last_silent=is_followed)
-        job.counters = self.counters
+        job.parts.counters = self.counters
         return job
 
     def _close_seat(self, seat: Seat, error: BaseException | None = None) -> None:

@@ -1,38 +1,29 @@
-"""One turn on its way through the engine: what it appends, what it samples, how it can end.
+"""One turn on its way through the engine: a transaction on its sequence, step by step.
+
+It ends by its end (input and output stand in the sequence), by a cancel (see `Turn.cancel`) or by
+an error (the sequence stands where it stood before the append).
 
 Where input is coalesced a job brings several ticks: each has its input half, all but the last a
 silent output half that the model is not asked for.
 """
 
-import math
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from enum import Enum
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
-import numpy as np
 from torch import Tensor
 
+from tml_core.engine.parts import Parts, state_after_input
 from tml_core.engine.runner import StepInput
 from tml_core.engine.sampler import SampleRequest
-from tml_core.engine.seat import Part, Seat, TickRecord
-from tml_core.engine.stats import EngineCounters
+from tml_core.engine.seat import Part, Seat
 from tml_core.engine.token_feed import FedToken, TokenFeed
-from tml_core.engine.turn import Ending, Turn, end_together
+from tml_core.engine.turn import Ending, Turn
 from tml_core.errors import InvalidArgument, TmlError
-from tml_core.layout.events import (
-    Event,
-    Notice,
-    Silence,
-    Tags,
-    TextToken,
-    ToolCall,
-    TurnDone,
-    TurnEnd,
-)
-from tml_core.layout.state import EncodedInput, LayoutState, OutputHalf
-from tml_core.media.audio_file import SAMPLE_RATE
+from tml_core.layout.events import Event, Notice, TextToken
+from tml_core.layout.state import LayoutState, OutputHalf
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import Block, Segment, Tokens
 from tml_core.sequence.sequence import Mark
@@ -67,8 +58,9 @@ class Job:
         self, seat: Seat, parts: SequenceOf[Part], *, is_last_silent: bool = False
     ) -> None:
         self.seat = seat
-        self._parts = list(parts)
-        self.turn: Turn = self._parts[-1].turn  # the one that is answered
+        self.parts = Parts(seat, parts)
+        self.feed = TokenFeed(seat)
+        self.turn: Turn = parts[-1].turn  # the one that is answered
         self._is_last_silent = is_last_silent
         self._phase = _Phase.QUEUED
         self._segments: tuple[Segment | Block, ...] = ()
@@ -82,11 +74,9 @@ class Job:
         self._fresh: list[Event] = []
         self._delivered = (0, 0)  # tokens and events of the output that readers could see
         self._h_D: Tensor | None = None
-        self.feed = TokenFeed(seat)
         self._is_fed = False
         self._is_behind = False  # the sequence lacks tokens that the model had been given
         self._rested_since_s: float | None = None
-        self.counters = EngineCounters()  # the engine puts its own in this place
 
     @property
     def is_done(self) -> bool:
@@ -122,7 +112,8 @@ class Job:
     def begin_step(self) -> bool:
         """Decide what the next step appends; False if the turns have ended instead."""
         self._rested_since_s = None
-        if self._phase is _Phase.SAMPLING and len(self._parts) == 1 and not self.turn.cancelled:
+        is_single = len(self.parts.items) == 1
+        if self._phase is _Phase.SAMPLING and is_single and not self.turn.cancelled:
             return True
         if not self._obey_cancels():
             return False
@@ -177,7 +168,7 @@ class Job:
         if step_input is None:
             self._input = None
             return
-        changes = self._carry_changes()
+        changes = self.parts.carry_changes() if self._phase == _Phase.QUEUED else {}
         if changes:
             carry = replace(self.seat.sequence.carry, **changes)
             step_input = step_input._replace(carry=carry)
@@ -253,7 +244,7 @@ class Job:
             clock.first_s = time.perf_counter()
         is_shrinking = self.seat.degrade == "shrink_output" and not output.is_done
         if is_shrinking and self._would_miss("shrink_output", costs, batch_size):
-            events += self._degraded(
+            events += self.parts.degraded(
                 "shrink_output",
                 f"the output was closed after {clock.num_output_tokens} tokens to keep the clock",
                 num_tokens=clock.num_output_tokens,
@@ -281,14 +272,14 @@ class Job:
                 # Nowhere to go back to: rather no session than one in an unknown state.
                 self.seat.is_closed = True
                 sequence.close()
-        endings = [Ending(part.turn, (), error) for part in self._parts]
+        endings = [Ending(part.turn, (), error) for part in self.parts.items]
         self._end(endings, None)
 
     def _start(self) -> bool:
         """Mark where to come back to, and encode; False if nothing is left to do."""
         seat = self.seat
         now_s = time.perf_counter()
-        for part in self._parts:
+        for part in self.parts.items:
             part.turn.clock.started_s = part.turn.clock.started_s or now_s
         if self._before is None:
             # Before the mark: what eviction drops at the start of a tick stays dropped.
@@ -296,73 +287,30 @@ class Job:
             self._before = seat.sequence.mark()
             if evicted is not None:
                 self._evicted = Notice(
-                    **self._tags(seat.state.tick),
+                    **self.parts.tags(seat.state.tick),
                     kind="evicted",
                     message=f"positions {evicted.start} to {evicted.end - 1} left the context",
                     data={"start": evicted.start, "end": evicted.end},
                 )
-        self._encode()
-        if not self._parts:
+        self._segments = self.parts.encode()
+        if not self.parts.items:
             self._phase = _Phase.DONE
             self._before.release()
             return False
+        self.turn = self.parts.items[-1].turn
         if self._evicted is not None:
-            self._parts[0].notices.insert(0, self._evicted)
+            self.parts.items[0].notices.insert(0, self._evicted)
         return True
-
-    def _encode(self) -> None:
-        """Both halves of all parts but the last one's output. A part that the layout does not take
-        ends with the layout's error; the others go on without it."""
-        seat = self.seat
-        state = seat.state
-        segments: list[Segment | Block] = []
-        for part in list(self._parts):
-            encoded = part.encoded
-            if encoded is None:
-                try:
-                    with seat.lock:
-                        encoded = seat.encode(part, state)
-                except Exception as error:
-                    self._parts.remove(part)
-                    if self._parts:
-                        self.turn = self._parts[-1].turn
-                    self._end_some([part], [Ending(part.turn, (), error)])
-                    continue
-            else:
-                part.tick = state.tick
-            segments += encoded.segments
-            state = encoded.state
-            part.turn.clock.num_input_tokens = encoded.num_tokens
-            part.notices = self._input_notices(part, encoded)
-            if part is not self._parts[-1]:
-                state = self._silence(part, state)
-        self._segments = tuple(segments)
-
-    def _silence(self, part: Part, state: LayoutState) -> LayoutState:
-        """Close a part's output half without the model; returns the state after it."""
-        half = part.begin_output(state, self.seat.epoch)
-        if half is None:
-            return state
-        if part.answer:
-            part.notices += self._degraded(
-                "coalesce_input",
-                "more input was waiting: this tick was taken in without an answer",
-                part,
-                num_ticks=len(self._parts),
-            )
-        half.close_now("degraded" if part.answer else "input")
-        part.silent = half
-        return half.state
 
     def _end_input(self, costs: Costs, batch_size: int) -> None:
         now_s = time.perf_counter()
-        for one in self._parts:
+        for one in self.parts.items:
             one.turn.clock.input_done_s = now_s
-        part = self._parts[-1]
-        state = self._state_after(part)
+        part = self.parts.items[-1]
+        state = state_after_input(part)
         self._phase = _Phase.CLOSING
         if not part.answer or self._is_last_silent:
-            self._silence(part, state)
+            self.parts.silence(part, state)
         else:
             self._output = part.begin_output(state, self.seat.epoch)
         if self._output is None:
@@ -377,7 +325,7 @@ class Job:
             return
         for policy in ("emit_silence", "shrink_output"):
             if self._would_miss(policy, costs, batch_size):
-                part.notices += self._degraded(
+                part.notices += self.parts.degraded(
                     policy, "the output was not begun: its first token would have been late"
                 )
                 self._fresh = self._output.close_now("degraded")
@@ -396,16 +344,16 @@ class Job:
 
     def _obey_cancels(self) -> bool:
         """Do what cancels ask for; False if that has ended the job."""
-        undone = [part for part in self._parts if part.turn.cancelled == "none"]
+        undone = [part for part in self.parts.items if part.turn.cancelled == "none"]
         if undone:
             if self._before is not None:
                 self._rewind(self._before)
-            endings = [Ending(part.turn, [self._cancelled_done(part)]) for part in undone]
-            if len(undone) == len(self._parts):
+            endings = [Ending(part.turn, [self.parts.cancelled_done(part)]) for part in undone]
+            if len(undone) == len(self.parts.items):
                 self._end(endings, None)
                 return False
-            self._begin_again([part for part in self._parts if part not in undone])
-            self._end_some(undone, endings)
+            self._begin_again([part for part in self.parts.items if part not in undone])
+            self.parts.end(undone, endings)
         if self.turn.heard_ms is not None and self._live_again(self.turn.heard_ms):
             return False
         is_cancelled = self.turn.cancelled is not None and self._phase != _Phase.QUEUED
@@ -415,7 +363,7 @@ class Job:
         """Go back to the first output the user has not heard, and put in again what came after it,
         without answers. True if that is left to other jobs; False if all was heard before the
         last turn, or retention is in the way."""
-        seat, parts = self.seat, self._parts
+        seat, parts = self.seat, self.parts.items
         with seat.lock:
             first = seat.first_unheard(heard_ms)
             if first is None:
@@ -426,7 +374,7 @@ class Job:
             except InvalidArgument:
                 parts[-1].notices = [
                     Notice(
-                        **self._tags(parts[-1].tick),
+                        **self.parts.tags(parts[-1].tick),
                         kind="unheard",
                         message=f"the output since tick {first.tick} stays in the context: "
                         "retention has dropped what was before it",
@@ -448,7 +396,7 @@ class Job:
 
     def _begin_again(self, parts: list[Part]) -> None:
         """Go on with these parts alone, from their input on."""
-        self._parts, self.turn = parts, parts[-1].turn
+        self.parts.items, self.turn = parts, parts[-1].turn
         self._phase = _Phase.QUEUED
         self._segments, self._input, self._num_fed = (), None, 0
         self._is_behind = False
@@ -463,17 +411,17 @@ class Job:
 
     def _end_cancelled(self) -> bool:
         """End with the last turn's output dropped; True if that has ended the job."""
-        part = self._parts[-1]
+        part = self.parts.items[-1]
         num_tokens, num_events = self._delivered if self._is_begun_heard() else (0, 0)
         self._events = self._events[:num_events]
-        self._fresh = [self._cancelled_done(part)]
+        self._fresh = [self.parts.cancelled_done(part)]
         if self._output is not None and self._after_input is not None:
             self._rewind(self._after_input)
             self._output.cut(num_tokens)
         half = part.silent if self._output is None else self._output
         if half is not None:
             token_ids = tuple(half.token_ids)
-            self._fresh = [replace(self._cancelled_done(part), token_ids=token_ids)]
+            self._fresh = [replace(self.parts.cancelled_done(part), token_ids=token_ids)]
         part.notices = [one for one in part.notices if one.kind == "unheard"]
         self._finish()
         return self.is_done
@@ -481,47 +429,39 @@ class Job:
     def _is_begun_heard(self) -> bool:
         """Whether what was delivered of the last turn was played before it was cancelled."""
         heard_ms = self.turn.heard_ms
-        return heard_ms is not None and self._parts[-1].tick * TICK_MS < heard_ms
+        return heard_ms is not None and self.parts.items[-1].tick * TICK_MS < heard_ms
 
     def _finish(self) -> None:
         """End all turns with what they have; a cancel that comes first is seen in the next step."""
         self._phase = _Phase.CLOSING
-        parts = self._parts
-        endings = [Ending(part.turn, self._silent_events(part)) for part in parts[:-1]]
+        parts = self.parts.items
+        endings = [Ending(part.turn, self.parts.silent_events(part)) for part in parts[:-1]]
         last = parts[-1]
-        state = self._state_after(last)
+        state = state_after_input(last)
         if self._output is not None:
             state = self._output.state
         elif last.silent is not None:
             state = last.silent.state
         events = self._fresh
         if self._output is None and last.turn.cancelled is None:
-            events = self._silent_events(last)
+            events = self.parts.silent_events(last)
         endings.append(Ending(last.turn, [*last.notices, *events]))
         self._end(endings, state)
 
-    def _silent_events(self, part: Part) -> list[Event]:
-        """How a turn ends that the model was not asked to answer."""
-        reason: TurnEnd = "degraded" if part.answer and part.silent is not None else "input"
-        token_ids = () if part.silent is None else tuple(part.silent.token_ids)
-        if part.turn.cancelled is not None:
-            return [replace(self._cancelled_done(part), token_ids=token_ids)]
-        done = TurnDone(**self._tags(part.tick), reason=reason, token_ids=token_ids)
-        return [done] if part is self._parts[-1] else [*part.notices, done]
-
     def _end(self, endings: list[Ending], state: LayoutState | None) -> None:
         """End the turns of all parts; without a ``state`` they are undone."""
-        sequence, parts = self.seat.sequence, self._parts
+        sequence, parts = self.seat.sequence, self.parts.items
         if not sequence.is_closed:
             self.feed.flush()
             tip, num_pages = sequence.tip, sequence.num_pages
             for part in parts:
                 part.turn.clock.position, part.turn.clock.num_pages = tip, num_pages
-        records = [] if state is None else self._records(endings)
+        output = None if self._output is None else self._events
+        records = [] if state is None else self.parts.records(endings, output)
         kept: Mark | None = None
         if state is not None and any(isinstance(one, TextToken) for one in self._events):
             kept = self._after_input
-        if not self._end_some(parts, endings, state, records, kept):
+        if not self.parts.end(parts, endings, state, records, kept):
             return  # a cancel came first; the next step begins with it
         if kept is not None:
             self._after_input = None  # the seat has it now
@@ -533,125 +473,13 @@ class Job:
             if mark is not None:
                 mark.release()
 
-    def _end_some(
-        self,
-        parts: SequenceOf[Part],
-        endings: SequenceOf[Ending],
-        state: LayoutState | None = None,
-        records: SequenceOf[TickRecord] = (),
-        after_input: Mark | None = None,
-    ) -> bool:
-        def settle() -> None:
-            self.seat.settle(parts, state, records, after_input)
-            counted = zip(parts, endings, strict=True)
-            self._count([ending for part, ending in counted if not part.is_replay])
-
-        return end_together(endings, settle)
-
-    def _count(self, endings: SequenceOf[Ending]) -> None:
-        counters = self.counters
-        for turn, events, error in endings:
-            last = events[-1] if events else None
-            reason = last.reason if isinstance(last, TurnDone) else ""
-            is_cancelled = reason == "cancelled"
-            counters.turns["failed" if error else "cancelled" if is_cancelled else "done"] += 1
-            clock = turn.clock
-            counters.misses += clock.ended_s > clock.deadline_s
-            if not error and not is_cancelled and clock.deadline_s < math.inf:
-                counters.note_tick(clock.num_input_tokens, clock.num_output_tokens)
-            if reason == "degraded":
-                policy = self.seat.degrade
-                counters.degraded[policy] += 1
-
     # Small parts.
-
-    def _state_after(self, part: Part) -> LayoutState:
-        """The state after a part's input half."""
-        if part.encoded is None:
-            raise TmlError("turn: its input was not encoded")
-        return part.encoded.state
 
     def _rewind(self, mark: Mark) -> None:
         self.feed.flush()
         self.seat.sequence.rewind(mark)
 
-    def _carry_changes(self) -> dict[str, Any]:
-        """What the sequence carries beside KV once the segments are in."""
-        if self._phase != _Phase.QUEUED:
-            return {}
-        last = self._parts[-1]
-        changes: dict[str, Any] = {"audio": self._state_after(last).dmel}
-        if last.chunk is not None:
-            changes["clock_ms"] = (last.tick + 1) * TICK_MS
-        return {name: value for name, value in changes.items() if value is not None}
-
-    def _input_notices(self, part: Part, encoded: EncodedInput) -> list[Notice]:
-        found: list[Notice] = []
-
-        def notice(kind: str, message: str, **data: int) -> None:
-            found.append(Notice(**self._tags(part.tick), kind=kind, message=message, data=data))
-
-        if part.chunk is not None and part.chunk.num_padded:
-            missing_ms = part.chunk.num_padded * 1000 // SAMPLE_RATE
-            message = f"the last {missing_ms} ms of sound are zeros"
-            notice("padded", message, num_samples=part.chunk.num_padded)
-        if encoded.num_waiting:
-            message = f"{encoded.num_waiting} tokens of text wait for the next ticks"
-            notice("waiting", message, num_tokens=encoded.num_waiting)
-        num_dropped = len(part.taken) - len(part.known)
-        if num_dropped:
-            message = f"{num_dropped} tool results answer calls that were undone"
-            notice("dropped", message, num_items=num_dropped)
-        return found
-
-    def _degraded(
-        self, policy: str, message: str, part: Part | None = None, **data: int
-    ) -> list[Notice]:
-        tags = self._tags((self._parts[-1] if part is None else part).tick)
-        return [Notice(**tags, kind="degraded", message=message, data={"policy": policy, **data})]
-
-    def _cancelled_done(self, part: Part) -> TurnDone:
-        is_encoded = part.encoded is not None
-        tick = part.tick if is_encoded else self.seat.state.tick + self._parts.index(part)
-        return TurnDone(**self._tags(tick), reason="cancelled")
-
-    def _records(self, endings: list[Ending]) -> list[TickRecord]:
-        found = []
-        for part, ending in zip(self._parts, endings, strict=True):
-            is_answered = part is self._parts[-1] and self._output is not None
-            if part.chunk is not None or is_answered:
-                events = self._events if is_answered else []
-                found.append(_record(part, events, ending.events))
-        return found
-
     def _open_output(self) -> OutputHalf:
         if self._output is None:
             raise TmlError("turn: it asks nothing of the model")
         return self._output
-
-    def _tags(self, tick: int) -> Tags:
-        return {"tick": tick, "t_ms": tick * TICK_MS, "epoch": self.seat.epoch}
-
-
-def _record(part: Part, events: SequenceOf[Event], last_events: SequenceOf[Event]) -> TickRecord:
-    """A turn in words; ``events`` of its output, ``last_events`` those it ended with."""
-    chunk = part.chunk
-    audio_S = None if chunk is None else chunk.audio
-    rms = None if audio_S is None else math.sqrt(float(np.dot(audio_S, audio_S)) / len(audio_S))
-    said = [one for one in events if isinstance(one, TextToken)]
-    calls = [one for one in events if isinstance(one, ToolCall)]
-    done = last_events[-1] if last_events else None
-    num_items = 0 if chunk is None else len(chunk.items) + len(part.known)
-    return TickRecord(
-        tick=part.tick,
-        t_ms=part.tick * TICK_MS,
-        audio_ms=0 if audio_S is None else len(audio_S) * 1000 // SAMPLE_RATE,
-        audio_rms=rms,
-        num_frames=0 if chunk is None else len(chunk.frames),
-        text_in="" if chunk is None or chunk.text is None else chunk.text,
-        num_items=num_items,
-        text_out="".join(one.text for one in said if one.channel == "text"),
-        is_silent=any(isinstance(one, Silence) for one in events),
-        calls=tuple((one.name, one.call_id, one.raw) for one in calls),
-        reason=done.reason if isinstance(done, TurnDone) else "input",
-    )
