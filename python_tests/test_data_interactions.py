@@ -38,7 +38,7 @@ from tml_core.media import TICK_SAMPLES
 from tml_core.model.config import ModelConfig, bundled_path
 from tml_core.model.tokenizer import load_tokenizer
 from tml_core.ops.linear_logp import IGNORED_TARGET
-from tml_core.train import PackedBatch
+from tml_core.train import PackedBatch, ShardReader, write_shards
 
 ENGINES = ["espeak", "pico"]  # what the wheels bring: flite may not be here
 CLEAN = Sound(gain_db=0.0, snr_db=300.0, slope=0.0, rt60_s=0.0, echo_db=0.0, seed=0)
@@ -343,3 +343,15 @@ def test_everybody_is_as_loud(bank: SpeechBank) -> None:
             for level in (1.0, 0.25):
                 heard = perform(Spoken(0, "good morning", ours[0], 1.05, level), bank).pcm
                 assert np.sqrt(np.mean(heard**2)) == pytest.approx(0.1 * level, rel=0.02)
+
+
+def test_the_stream_goes_to_shards_one_by_one(
+    bank: SpeechBank, layout: MicroTurnLayout, config: ModelConfig, tmp_path: Path
+) -> None:
+    made = interactions(4, bank=bank, num=3)
+    assert write_shards((one.transcript(layout) for one in made), tmp_path / "d", config) == 3
+    reader = ShardReader(tmp_path / "d", config)
+    for one, kept in zip(interactions(4, bank=bank, num=3), reader, strict=True):
+        transcript = one.transcript(layout)
+        assert torch.equal(kept.targets, transcript.targets)
+        assert torch.equal(kept.streams, transcript.streams)

@@ -230,3 +230,16 @@ def test_flite_speaks_or_is_missing() -> None:
     assert np.array_equal(engine.speak("hello", voice).pcm, engine.speak("hello", voice).pcm)
     with pytest.raises(errors.MediaError, match="flite: no voice 'nobody'"):
         engine.speak("hello", Voice("flite", "nobody"))
+
+
+def test_a_program_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "flite"
+    script = '[ "$1" = -lv ] && echo "Voices available: slt" || [ "$1" = --version ] || exec cat'
+    program.write_text(f"#!/bin/sh\n{script} <>{tmp_path / 'never'}\n")
+    os.mkfifo(tmp_path / "never")
+    program.chmod(0o755)
+    monkeypatch.setattr(engines_module.shutil, "which", lambda _: str(program))
+    engine = FliteEngine()
+    monkeypatch.setattr(engines_module, "_FLITE_TIMEOUT_S", 0.2)
+    with pytest.raises(errors.MediaError, match="flite: no speech after 0 s"):
+        engine.speak("hello", Voice("flite", "slt"))

@@ -27,7 +27,7 @@ __all__ = ["ENGINES", "Engine", "EspeakEngine", "FliteEngine", "PicoEngine", "Sp
 
 # Quieter than this at either end of an utterance is the engine's padding, not speech.
 _SILENCE: Final = 0.004
-_FLITE_TIMEOUT_S: Final = 60.0
+_FLITE_TIMEOUT_S: Final = 600.0  # it needs milliseconds: only what hangs takes so long
 
 
 @dataclass(frozen=True, order=True)
@@ -173,7 +173,12 @@ class FliteEngine(_Closing):
             raise MediaError(f"flite: no voice {voice.name!r}; it has {sorted(self._voices)}")
         command = [self._program, "-voice", voice.name, "-t", text, "-o", "/dev/stdout"]
         command += ["--setf", f"duration_stretch={1 / voice.rate:.4f}"]
-        done = subprocess.run(command, capture_output=True, timeout=_FLITE_TIMEOUT_S, check=False)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, timeout=_FLITE_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise MediaError(f"flite: no speech after {_FLITE_TIMEOUT_S:.0f} s") from None
         if done.returncode != 0 or not done.stdout.startswith(b"RIFF"):
             raise MediaError(f"flite: {done.stderr.decode(errors='replace').strip()[:200]}")
         pcm, sample_rate = sf.read(io.BytesIO(done.stdout), dtype="int16")
