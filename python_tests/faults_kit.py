@@ -154,14 +154,14 @@ class Trap:
     def set(self, act: Callable[[], object], num_draws: int = 0) -> None:
         self._num_draws, self._act = num_draws, act
 
-    def __call__(self, h_BD: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
+    def __call__(self, h_BD: Tensor, rows: SampleRows, **out: Any) -> tuple[Tensor, Tensor]:
         act = self._act
         if act is not None:
             if self._num_draws == 0:
                 self._act = None
                 act()
             self._num_draws -= 1
-        return self._sample(h_BD, rows)
+        return self._sample(h_BD, rows, **out)
 
 
 @contextmanager

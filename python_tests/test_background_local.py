@@ -46,7 +46,7 @@ def says(tokens: list[int]) -> Iterator[None]:
     """Give ``tokens`` in the place of the plain model's sampler, once its engine is warm."""
     left = iter(tokens)
 
-    def sample(h_BD: torch.Tensor, _rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(h_BD: torch.Tensor, _rows: Any, **_out: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor([next(left)]), torch.zeros(len(h_BD))
 
     with Session(plain()), pytest.MonkeyPatch.context() as patch:

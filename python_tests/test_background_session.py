@@ -76,13 +76,13 @@ class _Used(Script):
         self._left = len(tokens)
         self.is_used_up = not tokens
 
-    def __call__(self, h_BD: Any, rows: Any) -> Any:
+    def __call__(self, h_BD: Any, rows: Any, **out: Any) -> Any:
         if self._left == 0:
             self._tokens = iter([SILENCE] * len(h_BD))
         else:
             self._left -= len(h_BD)
             self.is_used_up = self._left == 0
-        return super().__call__(h_BD, rows)
+        return super().__call__(h_BD, rows, **out)
 
 
 class _sampler:

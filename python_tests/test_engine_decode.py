@@ -51,9 +51,9 @@ def test_a_step_that_fails_once_changes_nothing(
         expected = lives(engine, 3, 3)
         step, calls = nano().backbone.step, []
 
-        def failing(x_TD: Any, batch: Any, kv: Any) -> Any:
+        def failing(x_TD: Any, batch: Any, kv: Any, **out: Any) -> Any:
             calls.append(batch.num_seqs)
-            h_TD = step(x_TD, batch, kv)
+            h_TD = step(x_TD, batch, kv, **out)
             # Of one alone it is known whose fault it is.
             if sum(one > 1 for one in calls) == fails_in and batch.num_seqs > 1:
                 # All is written, and more than that.
@@ -108,10 +108,10 @@ def test_inputs_beside_tokens_give_the_bits_of_sessions_alone(
                 alone.append((ids, session.info().state_hash))
         step, calls, kinds = nano().backbone.step, [], set()
 
-        def failing(x_TD: Any, batch: Any, kv: Any) -> Any:
+        def failing(x_TD: Any, batch: Any, kv: Any, **out: Any) -> Any:
             calls.append(1)
             kinds.add((batch.num_seqs > 1, batch.num_tokens > batch.num_seqs))
-            h_TD = step(x_TD, batch, kv)
+            h_TD = step(x_TD, batch, kv, **out)
             # Alone a turn is not tried again.
             if every and len(calls) % every == 0 and batch.num_seqs > 1:
                 for slot in batch.slots.tolist():
@@ -125,15 +125,39 @@ def test_inputs_beside_tokens_give_the_bits_of_sessions_alone(
         assert engine.stats().turns["failed"] == 0
 
 
+def test_a_step_of_single_tokens_writes_where_the_last_of_as_many_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Engine(nano()) as engine:
+        expected = lives(engine, 3, 2)
+    step, last, reused = nano().backbone.step, [torch.empty(0)], set()
+
+    def noting(x_TD: Any, batch: Any, kv: Any, **out: Any) -> Any:
+        if not out:
+            return step(x_TD, batch, kv)  # inputs
+        is_reused = out["out_TD"] is not None
+        assert is_reused == (len(last[0]) == batch.num_seqs)
+        assert not is_reused or out["out_TD"] is last[0]
+        reused.add(is_reused)
+        last[0] = step(x_TD, batch, kv, **out)
+        return last[0]
+
+    with Engine(nano()) as engine:
+        monkeypatch.setattr(nano().backbone, "step", noting)
+        assert lives(engine, 3, 2) == expected
+        assert engine.stats().turns["failed"] == 0
+    assert reused == {False, True}
+
+
 def test_a_row_that_cannot_be_sampled_ends_only_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine(nano()) as engine:
         expected = lives(engine, 3, 2)
         sample = nano().backbone.sample
 
-        def picky(h_BD: Any, rows: Any) -> Any:
+        def picky(h_BD: Any, rows: Any, **out: Any) -> Any:
             if 1 in rows.seed_B.tolist():
                 raise RuntimeError("seed 1 is unlucky")
-            return sample(h_BD, rows)
+            return sample(h_BD, rows, **out)
 
         monkeypatch.setattr(nano().backbone, "sample", picky)
         sessions = [engine.open(seed=i, retention=Retention(256)) for i in range(3)]
@@ -193,7 +217,7 @@ def test_without_a_page_only_the_turn_that_needs_one_fails() -> None:
                     patch.setattr(
                         model.backbone,
                         "sample",
-                        lambda h_BD, _: (tokens[0][: len(h_BD)], tokens[1][: len(h_BD)]),
+                        lambda h_BD, _, **_out: (tokens[0][: len(h_BD)], tokens[1][: len(h_BD)]),
                     )
                     turns = [crossing.append(noise(0)), other.append(noise(1))]
                     with pytest.raises(errors.PoolExhausted, match="global pages: appending"):

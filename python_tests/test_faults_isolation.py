@@ -71,9 +71,9 @@ def after_step(patch: Patch, victim: Session) -> None:
 def in_step(patch: Patch, victim: Session, *, is_after: bool) -> None:
     real = tiny().backbone.step
 
-    def step(x_TD: Any, batch: Any, kv: Any) -> Any:
+    def step(x_TD: Any, batch: Any, kv: Any, **out: Any) -> Any:
         has_victim = victim._seat.sequence.slot.index in batch.slots.tolist()
-        h_TD = real(x_TD, batch, kv) if is_after or not has_victim else None
+        h_TD = real(x_TD, batch, kv, **out) if is_after or not has_victim else None
         return fail() if has_victim else h_TD
 
     patch.setattr(tiny().backbone, "step", step)
@@ -82,10 +82,10 @@ def in_step(patch: Patch, victim: Session, *, is_after: bool) -> None:
 def in_third_step(patch: Patch, victim: Session) -> None:
     real, seen = tiny().backbone.step, [0]
 
-    def step(x_TD: Any, batch: Any, kv: Any) -> Any:
+    def step(x_TD: Any, batch: Any, kv: Any, **out: Any) -> Any:
         has_victim = victim._seat.sequence.slot.index in batch.slots.tolist()
         seen[0] += has_victim
-        return fail() if has_victim and seen[0] >= 3 else real(x_TD, batch, kv)
+        return fail() if has_victim and seen[0] >= 3 else real(x_TD, batch, kv, **out)
 
     patch.setattr(tiny().backbone, "step", step)
 
@@ -93,8 +93,8 @@ def in_third_step(patch: Patch, victim: Session) -> None:
 def in_sampler(patch: Patch, victim: Session) -> None:
     real, seed = tiny().backbone.sample, victim._seat.sequence.seed
 
-    def sample(h_BD: Any, rows: Any) -> Any:
-        return fail() if seed in rows.seed_B.tolist() else real(h_BD, rows)
+    def sample(h_BD: Any, rows: Any, **out: Any) -> Any:
+        return fail() if seed in rows.seed_B.tolist() else real(h_BD, rows, **out)
 
     patch.setattr(tiny().backbone, "sample", sample)
 
@@ -300,7 +300,7 @@ def test_what_ends_the_engine_thread_is_told_to_all(
     monkeypatch.setattr(threading, "excepthook", lambda args: ended.append(args.exc_type))
     real = tiny().backbone.step
 
-    def step(*_: Any) -> Any:
+    def step(*_: Any, **_out: Any) -> Any:
         monkeypatch.setattr(tiny().backbone, "step", real)
         raise kind("planted")
 

@@ -100,13 +100,13 @@ class Trap:
         self.keep: Any = "input"
         self.num_draws = 0
 
-    def __call__(self, h_BD: Tensor, rows: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, h_BD: Tensor, rows: Any, **out: Any) -> tuple[Tensor, Tensor]:
         if self.turn is not None:
             if self.num_draws == 0:
                 self.turn.cancel(self.keep, wait=False)
                 self.turn = None
             self.num_draws -= 1
-        return self._sample(h_BD, rows)
+        return self._sample(h_BD, rows, **out)
 
 
 class World:

@@ -40,7 +40,9 @@ def scripted(patch: pytest.MonkeyPatch, tokens: list[int]) -> None:
     """Give ``tokens`` in the place of the sampler's."""
     left = iter(tokens)
     patch.setattr(
-        plain().backbone, "sample", lambda h, _: (torch.tensor([next(left)]), torch.zeros(len(h)))
+        plain().backbone,
+        "sample",
+        lambda h, _, **_out: (torch.tensor([next(left)]), torch.zeros(len(h))),
     )
 
 

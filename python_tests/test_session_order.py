@@ -323,11 +323,11 @@ def test_a_failed_step_undoes_all_that_went_in_together(monkeypatch: pytest.Monk
             step = nano().backbone.step
             calls: list[int] = []
 
-            def failing(*arguments: Any) -> object:
+            def failing(*arguments: Any, **out: Any) -> object:
                 calls.append(1)
                 if len(calls) > 1:
                     raise RuntimeError("broken")
-                return step(*arguments)
+                return step(*arguments, **out)
 
             monkeypatch.setattr(nano().backbone, "step", failing)
             turns[0].cancel("none", wait=False)

@@ -36,11 +36,15 @@ __all__ = ["StepModel", "Stepper", "guarded"]
 
 
 class _Backbone(Protocol):
-    def embed_ids(self, ids_T: Tensor) -> Tensor: ...
+    def embed_ids(self, ids_T: Tensor, *, out_TD: Tensor | None = None) -> Tensor: ...
 
-    def step(self, x_TD: Tensor, batch: StepBatch, kv: KvStore) -> Tensor: ...
+    def step(
+        self, x_TD: Tensor, batch: StepBatch, kv: KvStore, *, out_TD: Tensor | None = None
+    ) -> Tensor: ...
 
-    def sample(self, h_BD: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]: ...
+    def sample(
+        self, h_BD: Tensor, rows: SampleRows, *, out_B: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class _Runner(Protocol):
@@ -110,6 +114,11 @@ class Stepper:
         self._ids_B = torch.zeros(num_slots, dtype=torch.int64)
         self._token_ids: NDArray[np.int64] = self._ids_B.numpy()
         self._samples = RowBuffers(num_slots, -(-model.vocab_size // 32))
+        # What the last step of single tokens and the last draw returned: the next of as many rows
+        # writes there.
+        self._x_BD: Tensor | None = None
+        self._h_BD: Tensor | None = None
+        self._drawn_B: tuple[Tensor, Tensor] | None = None
 
     @property
     def kernel_s(self) -> float:
@@ -141,8 +150,7 @@ class Stepper:
             if not inputs:
                 self._rows.fill_single(slots, positions)
                 begin_kernel_s = time.perf_counter()
-                x_BD = self._model.backbone.embed_ids(self._ids_B[: len(ahead)])
-                h_BD = self._model.backbone.step(x_BD, self._rows, self._model.store.kv)
+                h_BD = self._step_single(len(ahead))
                 self._other_kernel_s += time.perf_counter() - begin_kernel_s
             else:
                 x_BD = self._model.backbone.embed_ids(self._ids_B[: len(ahead)])
@@ -157,6 +165,16 @@ class Stepper:
             left = [job for job in others if not job.is_done]
             return self._bring([*behind, *left], costs, begin_s)
         return self._end_step(done, talking, h_BD, costs)
+
+    def _step_single(self, num_rows: int) -> Tensor:
+        """The hidden states [B, D] of the tokens in ``_ids_B``, at the rows' positions; they stand
+        until the next call."""
+        backbone, kv = self._model.backbone, self._model.store.kv
+        x_BD = _of_len(self._x_BD, num_rows)
+        self._x_BD = x_BD = backbone.embed_ids(self._ids_B[:num_rows], out_TD=x_BD)
+        h_BD = _of_len(self._h_BD, num_rows)
+        self._h_BD = h_BD = backbone.step(x_BD, self._rows, kv, out_TD=h_BD)
+        return h_BD
 
     def _bring(self, jobs: list[Job], costs: CostModel, begin_s: float) -> tuple[int, int]:
         """`advance` with everything as inputs."""
@@ -249,9 +267,13 @@ class Stepper:
         """Draw a token for each of the turns, from its row of hidden states."""
         try:
             rows = self._samples.fill([job.request for job in jobs])
+            out_B = self._drawn_B
+            if out_B is None or len(out_B[0]) != len(jobs):
+                out_B = None
             begin_s = time.perf_counter()
-            tokens, logprobs = self._model.backbone.sample(h_BD, rows)
+            self._drawn_B = self._model.backbone.sample(h_BD, rows, out_B=out_B)
             self._other_kernel_s += time.perf_counter() - begin_s
+            tokens, logprobs = self._drawn_B
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].fail(error)
@@ -273,3 +295,7 @@ def guarded(job: Job, act: Callable[[], bool | None]) -> bool:
     except Exception as error:
         job.fail(error)
         return False
+
+
+def _of_len(kept_BD: Tensor | None, num_rows: int) -> Tensor | None:
+    return None if kept_BD is None or len(kept_BD) != num_rows else kept_BD
