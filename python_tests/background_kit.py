@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from session_kit import CALL, END_CALL, SILENCE, nano
+from session_kit import CALL, END_CALL, SILENCE, WAIT_S, nano
 from tml_core import Chunk, Model, Session, load_model
 from tml_core.background import Final, JobContext, Partial, Progress
 from tml_core.layout.chunk import compact_json
@@ -21,7 +21,6 @@ from tml_core.model import bundled_path
 
 Updates = AsyncGenerator[Progress | Partial | Final, None]
 
-WAIT_S = 20.0
 QUIET = Chunk(is_idle=True)
 
 

@@ -10,21 +10,19 @@ import gc
 import json
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pytest
 from torch import Tensor
 
-from tml_core import Chunk, Engine, Model, Session, Turn, load_model
+from session_kit import WAIT_S, engine_threads, noise, paused
+from tml_core import Engine, Model, Session, Turn, load_model
 from tml_core.model.config import bundled_path
 from tml_core.ops.lm_head import SampleRows
 
-WAIT_S: Final = 150.0
 WINDOW: Final = 96
 NUM_SLOTS: Final = 12
 MAX_POSITIONS: Final = 4096
@@ -73,12 +71,6 @@ def tiny() -> Model:
     return load_tiny()
 
 
-def noise(seed: int, num_samples: int = 3200) -> Chunk:
-    """200 ms of quiet noise."""
-    pcm = np.random.default_rng(seed).uniform(-0.1, 0.1, num_samples).astype(np.float32)
-    return Chunk(audio=pcm)
-
-
 def shape(session: Session) -> tuple[Any, ...]:
     """All that must not change when something is refused or undone (the epoch aside)."""
     info = session.info()
@@ -122,7 +114,7 @@ class Others:
     def begin_tick(self, *, is_read: bool = False) -> None:
         """Both have a turn open after this, in the same step as what comes next. ``is_read``: all
         of it will be read, however late."""
-        with standing_still(self._sessions[0]):
+        with paused(self._sessions[0]):
             self._turns = [session.append(noise(self._num_ticks)) for session in self._sessions]
             if is_read:
                 for turn in self._turns:
@@ -174,23 +166,6 @@ def trapped() -> Iterator[Trap]:
 
 
 @contextmanager
-def standing_still(session: Session) -> Iterator[None]:
-    """The engine waits inside the ``with``; what is posted waits too."""
-    reached, release = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        reached.set()
-        assert release.wait(WAIT_S)
-
-    session._host.loop._post(hold)
-    assert reached.wait(WAIT_S)
-    try:
-        yield
-    finally:
-        release.set()
-
-
-@contextmanager
 def clean_engine(**options: Any) -> Iterator[Engine]:
     """An engine of the tiny model. When the body is over and its sessions are closed or dropped,
     nothing may be held: no session, turn, page or thread."""
@@ -215,8 +190,3 @@ def assert_nothing_left() -> None:
     report = tiny().store.audit()
     assert (report.num_sequences, report.num_marks) == (0, 0)
     assert (report.global_pages_held, report.sliding_pages_held) == (0, 0)
-
-
-def engine_threads() -> list[threading.Thread]:
-    """Engine threads that are alive."""
-    return [one for one in threading.enumerate() if one.name == "tml-engine"]

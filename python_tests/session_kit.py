@@ -23,7 +23,7 @@ from tml_core import (
 )
 
 END_OUT, SILENCE, SAY, CALL, END_CALL = range(276, 281)
-WAIT_S = 20.0
+WAIT_S = 150.0  # for what comes at once, on a machine with other work
 
 
 @functools.cache

@@ -225,7 +225,7 @@ def test_flite_speaks_or_is_missing() -> None:
     try:
         engine = FliteEngine()
     except errors.MissingExtra:
-        pytest.skip("flite is not installed")
+        pytest.skip("needs the program: apt-get install flite")
     voice = Voice("flite", "slt")
     assert np.array_equal(engine.speak("hello", voice).pcm, engine.speak("hello", voice).pcm)
     with pytest.raises(errors.MediaError, match="flite: no voice 'nobody'"):

@@ -19,10 +19,10 @@ from faults_kit import (
     clean_engine,
     noise,
     shape,
-    standing_still,
     tiny,
     trapped,
 )
+from session_kit import paused
 from tml_core import Chunk, Session, Turn, errors
 
 KEEPS = ("input", "none")
@@ -38,7 +38,7 @@ def _nothing_leaks() -> Iterator[None]:
 
 def cancelled(session: Session, trap: Trap, chunk: Chunk, keep: Any, moment: str) -> Turn | None:
     """Append and cancel at that moment; None if the turn was over before it came."""
-    with standing_still(session):
+    with paused(session):
         turn = session.append(chunk)
         if moment == "queued":
             assert turn.cancel(keep, wait=False)
@@ -55,7 +55,7 @@ def as_documented(seed: int, num_before: int, keep: str, last: int) -> tuple[str
         for tick in range(num_before):
             session.append(noise(tick)).result(WAIT_S)
         if keep == "input":
-            with standing_still(session):
+            with paused(session):
                 turn = session.append(noise(num_before))
                 assert turn.cancel("input", wait=False)
             turn.result(WAIT_S)
@@ -123,7 +123,7 @@ def test_a_cancel_after_the_end_is_refused_and_changes_nothing() -> None:
 def test_a_cancel_of_a_closed_session_is_refused() -> None:
     with clean_engine() as engine:
         session = engine.open()
-        with standing_still(session):
+        with paused(session):
             turn = session.append(noise(0))
             engine._host.loop.abandon_seat(session._seat)
         with pytest.raises(errors.SessionClosed, match="turn: the session was closed"):
@@ -136,7 +136,7 @@ def test_two_cancels_at_once_are_one() -> None:
     with clean_engine() as engine, trapped() as trap, engine.open() as session:
         for first, second in (("input", "none"), ("none", "input")):
             start = session.info().tick
-            with standing_still(session):
+            with paused(session):
                 turn = session.append(noise(0))
                 trap.set(lambda: (turn.cancel(first, wait=False), turn.cancel(second, wait=False)))  # type: ignore[arg-type]  # noqa: B023
             assert turn.result(WAIT_S).done.reason == "cancelled"
@@ -146,7 +146,7 @@ def test_two_cancels_at_once_are_one() -> None:
 
 def test_a_chunk_that_comes_while_a_cancel_is_under_way_revives_nothing() -> None:
     with clean_engine() as engine, engine.open(seed=3) as session:
-        with standing_still(session):
+        with paused(session):
             turn = session.append(noise(0))
             assert turn.cancel("none", wait=False)
             with pytest.raises(errors.SessionBusy, match="append: a turn is still open"):
@@ -160,7 +160,7 @@ def test_a_chunk_that_comes_while_a_cancel_is_under_way_revives_nothing() -> Non
 def test_a_chunk_for_a_closed_session_revives_nothing() -> None:
     with clean_engine() as engine:
         session = engine.open()
-        with standing_still(session):
+        with paused(session):
             turn = session.append(noise(0))
             turn.cancel("input", wait=False)
             engine._host.loop.abandon_seat(session._seat)
@@ -181,7 +181,7 @@ def test_cancels_among_ticks_that_wait(keep: str, which: int) -> None:
         others = Others(engine)
         with engine.open(seed=4, degrade="coalesce_input") as session:
             others.begin_tick()
-            with standing_still(session):
+            with paused(session):
                 turns = [session.append(noise(i)) for i in range(4)]
                 assert turns[which].cancel(keep, wait=False)  # type: ignore[arg-type]
             others.end_tick()

@@ -24,9 +24,9 @@ from faults_kit import (
     bits,
     clean_engine,
     noise,
-    standing_still,
     trapped,
 )
+from session_kit import paused
 from tml_core import Engine, Session, Turn, errors
 
 SEED = 9
@@ -279,7 +279,7 @@ def test_cancelled_at_every_await(tmp_path: Path) -> None:
 
 async def test_a_cancelled_reader_leaves_the_turn_and_no_watcher() -> None:
     with clean_engine() as engine, engine.open(seed=SEED) as session:
-        with standing_still(session):
+        with paused(session):
             turn = session.append(noise(0))
             readers = [asyncio.create_task(_read(turn)) for _ in range(3)]
             waiters = [asyncio.create_task(_wait(turn)) for _ in range(3)]

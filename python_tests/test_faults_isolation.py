@@ -23,9 +23,9 @@ from faults_kit import (
     load_tiny,
     noise,
     shape,
-    standing_still,
     tiny,
 )
+from session_kit import paused
 from tml_core import Chunk, Engine, Retention, Session, errors
 from tml_core.layout.micro_turn import MicroTurnLayout, TickOutput
 
@@ -175,7 +175,7 @@ def test_a_fault_stays_with_its_session(place: str, num_before: int) -> None:
     with clean_engine() as engine:
         others = Others(engine)
         with engine.open(seed=SEED) as victim:
-            with standing_still(victim):
+            with paused(victim):
                 turn = victim.append(noise(0))
                 turn.cancel("none", wait=False)
             turn.result(WAIT_S)
@@ -191,7 +191,7 @@ def test_a_fault_stays_with_its_session(place: str, num_before: int) -> None:
                     others.begin_tick()
                 with pytest.MonkeyPatch.context() as patch:
                     PLACES[place](patch, victim)
-                    with standing_still(victim):
+                    with paused(victim):
                         turn = victim.append(noise(num_before))
                     try:
                         turn.result(WAIT_S)
@@ -306,7 +306,7 @@ def test_what_ends_the_engine_thread_is_told_to_all(
 
     with Engine(tiny()) as engine:
         sessions = [engine.open(seed=seed) for seed in range(3)]
-        with standing_still(sessions[0]):
+        with paused(sessions[0]):
             monkeypatch.setattr(tiny().backbone, "step", step)
             turns = [session.append(noise(0)) for session in sessions]
         if kind is MemoryError:  # an error as any other: those it did not belong to go on

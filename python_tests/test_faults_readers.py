@@ -15,9 +15,9 @@ from faults_kit import (
     bits,
     clean_engine,
     noise,
-    standing_still,
     trapped,
 )
+from session_kit import paused
 from tml_core import TurnDone, errors
 from tml_core.engine import turn as turn_module
 
@@ -83,7 +83,7 @@ def test_a_reader_thread_that_dies_harms_nobody() -> None:
 
 def test_a_reader_whose_loop_is_gone_harms_nobody() -> None:
     with clean_engine() as engine, engine.open(seed=SEED) as session:
-        with standing_still(session):
+        with paused(session):
             turn = session.append(noise(0))
             loop = asyncio.new_event_loop()
             task = loop.create_task(_wait(turn))
@@ -153,7 +153,7 @@ def test_readers_that_come_late_see_all_of_it() -> None:
 
 async def test_many_readers_of_one_turn_in_one_loop() -> None:
     with clean_engine() as engine, engine.open(seed=SEED) as session:
-        with standing_still(session):
+        with paused(session):
             turn = session.append(noise(0))
             tasks = [asyncio.create_task(_wait(turn)) for _ in range(50)]
             await asyncio.sleep(0)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from faults_kit import WAIT_S, assert_nothing_left, bits, clean_engine, noise, standing_still
+from faults_kit import WAIT_S, assert_nothing_left, bits, clean_engine, noise
+from session_kit import paused
 from tml_core import Chunk, Engine, Notice, Session, Turn
 from tml_core.engine.job import Job
 
@@ -46,7 +47,7 @@ def busy_life(engine: Engine, dice: random.Random) -> list[tuple[Session, list[D
     decided: list[list[Decided]] = [[] for _ in sessions]
     for _ in range(25):
         turns: list[tuple[int, int, Turn]] = []
-        with standing_still(sessions[0]):
+        with paused(sessions[0]):
             for index in dice.sample(range(6), dice.randint(1, 6)):
                 # Several at once where they may wait.
                 for _ in range(dice.randint(1, 3) if index % 4 == 3 else 1):

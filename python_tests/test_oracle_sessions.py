@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from faults_kit import INJECTED, MAX_POSITIONS, NUM_SLOTS, WAIT_S, WINDOW, load_tiny, standing_still
+from faults_kit import INJECTED, MAX_POSITIONS, NUM_SLOTS, WAIT_S, WINDOW, load_tiny
+from session_kit import paused
 from session_oracle import Input, MarkOracle, Pool, SessionOracle
 from tml_core import (
     Chunk,
@@ -183,7 +184,7 @@ class World:
 
     def cancel_queued(self, life: Life) -> None:
         number, keep = self.number(life), self.dice.choice(("input", "none"))
-        with standing_still(life.session):
+        with paused(life.session):
             turn = life.session.append(chunk(number)[0])
             assert turn.cancel(keep, wait=False)  # type: ignore[arg-type]
         assert turn.result(WAIT_S).done.reason == "cancelled"
@@ -191,7 +192,7 @@ class World:
 
     def cancel_midway(self, life: Life) -> None:
         number, keep = self.number(life), self.dice.choice(("input", "none"))
-        with standing_still(life.session):
+        with paused(life.session):
             turn = life.session.append(chunk(number)[0])
             self.trap.keep, self.trap.num_draws = keep, self.dice.randrange(3)
             self.trap.turn = turn
@@ -362,7 +363,7 @@ class World:
         """What a session must refuse, and what that must not change."""
         session = life.session
         others = [one for one in self.lives if one is not life and one.marks]
-        with standing_still(session):
+        with paused(session):
             turn = session.append(Chunk(is_idle=True))
             for act in (session.mark, session.fork, session.token_ids):
                 with pytest.raises(errors.SessionBusy, match="a turn is still open"):
@@ -437,7 +438,7 @@ class World:
             for one in life.turns:
                 given, _ = chunk(one.number)
                 if one.ending == "cut":
-                    with standing_still(session):
+                    with paused(session):
                         turn = session.append(given)
                         assert turn.cancel("input", wait=False)
                 else:

@@ -16,29 +16,9 @@ TML_DEVICE float low_bf16(std::uint32_t pair) { return bits_to_float(pair << 16)
 TML_DEVICE float high_bf16(std::uint32_t pair) { return bits_to_float(pair & 0xffff0000u); }
 TML_DEVICE float round_to_bf16(float x) { return low_bf16(pack_bf16(x, 0.0f)); }
 
-// e^x within 2 ulp on [-87, 88.3]; exactly 0 below, saturated above, NaN kept.
-TML_DEVICE float exp_poly(float x) {
+// e^x within 2 ulp on [-87, 88.3].
+TML_DEVICE float exp_in_range(float x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  float clamped = -87.0f > x ? -87.0f : x;
-  clamped = 88.3f < clamped ? 88.3f : clamped;
-  const float shifted = __fmaf_rn(clamped, 1.44269504088896341f, magic);
-  const float n = __fadd_rn(shifted, -magic);
-  float r = __fmaf_rn(n, -0.693359375f, clamped);
-  r = __fmaf_rn(n, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = __fmaf_rn(p, r, 1.3981999507e-3f);
-  p = __fmaf_rn(p, r, 8.3334519073e-3f);
-  p = __fmaf_rn(p, r, 4.1665795894e-2f);
-  p = __fmaf_rn(p, r, 1.6666665459e-1f);
-  p = __fmaf_rn(p, r, 5.0000001201e-1f);
-  const float y = __fadd_rn(__fmaf_rn(p, __fmul_rn(r, r), r), 1.0f);
-  const float scale = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
-  return x < -87.0f ? 0.0f : __fmul_rn(y, scale);
-}
-
-// The same bits for x <= 0, without the clamps that change nothing there.
-TML_DEVICE float exp_negative(float x) {
-  const float magic = 12582912.0f;
   const float shifted = __fmaf_rn(x, 1.44269504088896341f, magic);
   const float n = __fadd_rn(shifted, -magic);
   float r = __fmaf_rn(n, -0.693359375f, x);
@@ -51,8 +31,18 @@ TML_DEVICE float exp_negative(float x) {
   p = __fmaf_rn(p, r, 5.0000001201e-1f);
   const float y = __fadd_rn(__fmaf_rn(p, __fmul_rn(r, r), r), 1.0f);
   const float scale = bits_to_float((float_to_bits(shifted) << 23) + 0x3f800000u);
-  return x < -87.0f ? 0.0f : __fmul_rn(y, scale);
+  return __fmul_rn(y, scale);
 }
+
+// e^x; exactly 0 below -87, saturated above 88.3, NaN kept.
+TML_DEVICE float exp_poly(float x) {
+  float clamped = -87.0f > x ? -87.0f : x;
+  clamped = 88.3f < clamped ? 88.3f : clamped;
+  return x < -87.0f ? 0.0f : exp_in_range(clamped);
+}
+
+// The same bits for x <= 0, without the clamps that change nothing there.
+TML_DEVICE float exp_negative(float x) { return x < -87.0f ? 0.0f : exp_in_range(x); }
 
 // ln x within 2 ulp for positive normal x; NaN stays NaN.
 TML_DEVICE float log_poly(float x) {
