@@ -59,8 +59,6 @@ _DTYPES: Final = {
     torch.uint8: "U8",
 }
 
-Shape = tuple[int, ...]
-
 
 def write_snapshot(
     path: Path,
