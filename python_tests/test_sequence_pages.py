@@ -7,7 +7,8 @@ import torch
 from sequence_fakes import HEAD_DIM, new_store, tiny_text_config
 from tml_core import errors
 from tml_core.contract import PAGE_LEN
-from tml_core.model.kv_store import KvStore, as_bytes, clean_page, kv_sizes
+from tml_core.model.kv_store import KvStore, kv_sizes
+from tml_core.model.page_memory import PageMemory, as_bytes, clean_page
 from tml_core.model.step_batch import StepBatch
 from tml_core.sequence import PagePool
 from tml_core.sequence.page_table import PageTable, pages_for
@@ -71,8 +72,8 @@ def test_pages_for(positions: int, pages: int) -> None:
 
 
 def new_table(pool: PagePool, keep: int = 0) -> PageTable:
-    page_bytes = np.zeros((pool.num_pages, 8), np.uint8)
-    return PageTable(pool, np.full(16, -1, np.int32), page_bytes, keep)
+    memory = PageMemory(torch.zeros(pool.num_pages, 8, dtype=torch.uint8))
+    return PageTable(pool, np.full(16, -1, np.int32), memory, keep)
 
 
 def grown(table: PageTable, tip: int, new_tip: int) -> None:
@@ -97,9 +98,9 @@ def test_table_growth_can_be_undone() -> None:
 def test_table_copies_a_shared_tail_before_writing() -> None:
     pool = PagePool(8)
     table, other = new_table(pool), new_table(pool)
-    other._page_bytes = table._page_bytes
+    other._memory = table._memory
     grown(table, 0, 256)
-    table._page_bytes[0] = 7
+    table._memory.pages[0] = 7
     table.share_with(other, 0, 256)
     assert pool.refs(0) == 2 and other.ids().tolist() == [0, 1]
     table.cut(0, 1)  # back into page 0, which the other still reads
@@ -107,7 +108,7 @@ def test_table_copies_a_shared_tail_before_writing() -> None:
     table.grow(100, 200)
     copy = int(table.row[0])
     assert copy not in (0, 1)
-    assert (table._page_bytes[copy] == 7).all()
+    assert (table._memory.pages[copy] == 7).all()
     assert sorted(table.references().tolist()) == sorted([0, copy, int(table.row[1])])
     table.undo_growth()
     assert int(table.row[0]) == 0 and pool.refs(0) == 2

@@ -185,9 +185,10 @@ def with_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("key", "value", "match"),
     [
         ("format", "other", "expected a snapshot of a sequence, got format 'other'"),
-        ("format_version", "1", "format_version is 1, expected 2"),
+        ("format_version", "1", "format_version is 1, expected 3"),
         ("contract_version", "9", "contract_version is 9, expected 1"),
         ("page_len", "64", "page_len is 64, expected 128"),
+        ("layout", "sm_90", "layout is sm_90, expected cpu"),
         ("dtype", "bfloat16", "dtype is bfloat16, expected float32"),
         ("model", "abc", "model is abc, expected fake"),
         ("model", None, "model is None, expected fake"),

@@ -5,23 +5,20 @@ belongs to whom is decided above; the kernels read and write these tensors in pl
 """
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import ClassVar, Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tml_core.contract import CONV_TAPS, PAGE_LEN
 from tml_core.errors import InvalidArgument
 from tml_core.model.config import TextConfig
+from tml_core.model.page_memory import PageMemory
 from tml_core.ops._common import huge_empty
 
 __all__ = ["KvSizes", "KvStore", "kv_sizes"]
 
-Bytes = NDArray[np.uint8]
-
-_WORDS: Final[dict[torch.dtype, Any]] = {torch.bfloat16: np.uint16, torch.float32: np.uint32}
+_DTYPES: Final = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def kv_sizes(config: TextConfig, dtype: torch.dtype) -> KvSizes:
 
     Raises InvalidArgument unless ``dtype`` is float32 or bfloat16.
     """
-    if dtype not in _WORDS:
+    if dtype not in _DTYPES:
         raise InvalidArgument(f"dtype: expected float32 or bfloat16, got {dtype}")
     num_sliding = sum(config.layer_is_sliding)
     num_global = config.num_layers - num_sliding
@@ -78,9 +75,14 @@ class KvStore:
     for none or dropped.
     ``conv_rows``: [num_slots, num_layers, 3, 2 * kv_width_max + 2 * hidden] in ``dtype``, oldest
     first; parts k, v, attention out, MLP out.
+    ``layout`` names where and how pages are laid out; a snapshot of another one does not fit.
+    ``global_memory``, ``sliding_memory``: the pools, page by page.
 
     Raises InvalidArgument for counts below one or another dtype.
     """
+
+    layout: ClassVar[str] = "cpu"
+    device: torch.device = torch.device("cpu")
 
     def __init__(
         self,
@@ -107,11 +109,11 @@ class KvStore:
         self.max_pages = -(-max_positions // PAGE_LEN)
         num_sliding = sum(config.layer_is_sliding)
         num_global = config.num_layers - num_sliding
-        self.global_pages = huge_empty(
+        self.global_pages = self.empty(
             (num_global_pages, num_global, config.num_kv_heads, 2, PAGE_LEN * config.head_dim),
             dtype,
         )
-        self.sliding_pages = huge_empty(
+        self.sliding_pages = self.empty(
             (
                 num_sliding_pages,
                 num_sliding,
@@ -125,9 +127,15 @@ class KvStore:
         self.sliding_table = huge_empty((num_slots, self.max_pages), torch.int32)
         self.global_table.fill_(-1)
         self.sliding_table.fill_(-1)
-        self.conv_rows = huge_empty(
+        self.conv_rows = self.empty(
             (num_slots, config.num_layers, CONV_TAPS - 1, _conv_width(config)), dtype
         )
+        self.global_memory = self._memory(self.global_pages)
+        self.sliding_memory = self._memory(self.sliding_pages)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory like that of pages and convolution rows."""
+        return huge_empty(shape, dtype)
 
     @property
     def capacity_bytes(self) -> int:
@@ -137,35 +145,8 @@ class KvStore:
             for tensor in (self.global_pages, self.sliding_pages, self.conv_rows)
         )
 
-
-def as_bytes(tensor: Tensor) -> Bytes:
-    """A contiguous tensor's memory as [first dimension, bytes of one entry], without a copy."""
-    count = tensor.shape[0]
-    num_bytes = tensor[0].numel() * tensor.element_size() if count else 0
-    flat: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
-    return flat.reshape(count, num_bytes)
-
-
-def clean_page(pages: Tensor, page_id: int, num_positions: int) -> Bytes:
-    """The bytes of one page with everything past its first ``num_positions`` positions zeroed.
-
-    ``pages`` is ``global_pages`` or ``sliding_pages``. What stands past the end of a sequence is
-    left over from other work, and must not reach a file.
-    """
-    num_layers, num_kv_heads, _, block_len = pages.shape[1:]
-    head_dim = block_len // PAGE_LEN
-    words = as_bytes(pages)[page_id].copy().view(_WORDS[pages.dtype])
-    kv = words.reshape(num_layers * num_kv_heads, 2, block_len)
-    # Both layouts put the elements of one 32-bit k-step side by side.
-    step = 4 // pages.element_size()
-    num_blocks = num_layers * num_kv_heads
-    k = kv[:, 0].reshape(num_blocks, head_dim // step, PAGE_LEN, step)
-    v = kv[:, 1].reshape(num_blocks, PAGE_LEN // step, head_dim, step)
-    k[:, :, num_positions:] = 0
-    for offset in range(step):
-        v[:, -((offset - num_positions) // step) :, :, offset] = 0
-    clean: Bytes = words.view(np.uint8)
-    return clean
+    def _memory(self, pages: Tensor) -> PageMemory:
+        return PageMemory(pages)
 
 
 def _conv_width(config: TextConfig) -> int:

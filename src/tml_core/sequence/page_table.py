@@ -13,7 +13,7 @@ import numpy as np
 
 from tml_core.contract import PAGE_LEN
 from tml_core.errors import TmlError
-from tml_core.model.kv_store import Bytes
+from tml_core.model.page_memory import PageMemory
 from tml_core.sequence.pages import PageIds, PagePool
 
 __all__ = ["PageTable", "Pin", "pages_for"]
@@ -47,13 +47,13 @@ class _Growth:
 class PageTable:
     """The row a sequence owns in one page table.
 
-    ``row``: int32 [max_pages], shared with the kernels. ``page_bytes``: the pool's memory by page.
+    ``row``: int32 [max_pages], shared with the kernels. ``memory``: the pool's, by page.
     Held are the logical pages [0, keep) and [floor, end); those between were dropped (-1).
     ``pins`` are in the order they were made, so their bounds never fall; ``pinned`` maps the
     dropped pages that one of them needs to their ids.
     """
 
-    def __init__(self, pool: PagePool, row: PageIds, page_bytes: Bytes, keep: int = 0) -> None:
+    def __init__(self, pool: PagePool, row: PageIds, memory: PageMemory, keep: int = 0) -> None:
         self.pool = pool
         self.row = row
         self.keep = keep
@@ -61,7 +61,7 @@ class PageTable:
         self.end = 0
         self.pins: list[Pin] = []
         self.pinned: dict[int, int] = {}
-        self._page_bytes = page_bytes
+        self._memory = memory
         self._growth: _Growth | None = None
 
     @property
@@ -225,7 +225,7 @@ class PageTable:
 
     def _copied(self, page_id: int) -> int:
         copy = int(self.pool.alloc(1)[0])
-        np.copyto(self._page_bytes[copy], self._page_bytes[page_id])
+        self._memory.copy(page_id, copy)
         return copy
 
     def _release_pinned(self, pages: Iterable[int]) -> None:

@@ -1,7 +1,7 @@
 """A sequence in one file, and back.
 
 The file is safetensors. Its metadata says what it belongs to (format and contract version, model
-fingerprint, dtype, page length) and holds the scalars. Its tensors, in this order:
+fingerprint, dtype, page length, page layout) and holds the scalars. Its tensors, in this order:
 
   boundaries                   int64, micro-turn starts that eviction may still stop at
   audio_context, audio_pending float32, the audio carry; absent without one
@@ -31,7 +31,7 @@ from torch import Tensor
 from tml_core.contract import CONTRACT_VERSION, PAGE_LEN
 from tml_core.errors import SnapshotError, TmlError
 from tml_core.media.dmel import DmelState
-from tml_core.model.kv_store import as_bytes, clean_page
+from tml_core.model.page_memory import PageMemory
 from tml_core.sequence.page_table import PageTable, pages_for
 from tml_core.sequence.snapshot_bytes import (
     DIGEST_LEN,
@@ -49,7 +49,7 @@ from tml_core.sequence.values import Carry, Retention
 
 __all__ = ["FORMAT_VERSION", "Saved", "open_snapshot", "read_note", "write_snapshot"]
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 
 _FORMAT: Final = "tml_core.sequence"
 _DTYPES: Final = {
@@ -93,8 +93,8 @@ def write_snapshot(
     entries = [
         _array_entry("boundaries", torch.tensor(boundaries, dtype=torch.int64)),
         *(_array_entry(name, array) for name, array in _audio_arrays(carry).items()),
-        _pages_entry("global_pages", kv.global_pages, slot.global_, slot.tip),
-        _pages_entry("sliding_pages", kv.sliding_pages, slot.sliding, slot.tip),
+        _pages_entry("global_pages", kv.global_memory, slot.global_, slot.tip),
+        _pages_entry("sliding_pages", kv.sliding_memory, slot.sliding, slot.tip),
         _array_entry("conv_rows", slot.conv),
         _array_entry("log", torch.from_numpy(log_bytes)),
     ]
@@ -179,15 +179,16 @@ class Saved:
             digest.update(_raw(self._array("boundaries")).data)
             for array in _audio_arrays(self.carry).values():
                 digest.update(_raw(array).data)
-            for name, table, floor, page_bytes in (
-                ("global_pages", slot.global_, self._floor, store.global_bytes),
-                ("sliding_pages", slot.sliding, self._sliding_floor, store.sliding_bytes),
+            for name, table, floor, memory in (
+                ("global_pages", slot.global_, self._floor, store.kv.global_memory),
+                ("sliding_pages", slot.sliding, self._sliding_floor, store.kv.sliding_memory),
             ):
                 ids = table.adopt(table.keep, floor, end).tolist()
-                start = starts[name]
-                for group in grouped(page_bytes[page_id].data for page_id in ids):
+                left, start = iter(ids), starts[name]
+                for group in grouped(memory.blank(page_id).data for page_id in ids):
                     start = read_group(file, start, group)
-                    for page in group:
+                    for page, page_id in zip(group, left, strict=False):
+                        memory.fill(page_id, page)
                         digest.update(page)
             slot.tip = self.tip
             slot.conv.copy_(self._array("conv_rows"))
@@ -296,6 +297,7 @@ def _identity(store: SequenceStore) -> dict[str, str]:
         "format_version": str(FORMAT_VERSION),
         "contract_version": str(CONTRACT_VERSION),
         "page_len": str(PAGE_LEN),
+        "layout": store.kv.layout,
         "dtype": str(store.kv.dtype).removeprefix("torch."),
         "model": store.fingerprint,
     }
@@ -310,12 +312,12 @@ def _audio_arrays(carry: Carry) -> dict[str, Tensor]:
     }
 
 
-def _pages_entry(name: str, pages: Tensor, table: PageTable, tip: int) -> Entry:
+def _pages_entry(name: str, memory: PageMemory, table: PageTable, tip: int) -> Entry:
+    pages = memory.pages
     ids = table.ids().tolist()
     num_last = tip - (table.end - 1) * PAGE_LEN  # positions in the last page
-    whole = as_bytes(pages)
     parts = (
-        clean_page(pages, page_id, num_last) if i == len(ids) - 1 else whole[page_id]
+        memory.read_clean(page_id, num_last) if i == len(ids) - 1 else memory.read(page_id)
         for i, page_id in enumerate(ids)
     )
     page_bytes = pages[0].numel() * pages.element_size()
@@ -335,5 +337,5 @@ def _note_entry(note: bytes) -> Entry:
 def _raw(array: Tensor) -> NDArray[np.uint8]:
     if not array.numel():
         return np.empty(0, np.uint8)  # torch cannot view an empty tensor of any stride
-    flat: NDArray[np.uint8] = array.contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat: NDArray[np.uint8] = array.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
     return flat

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tml_core.errors import PoolExhausted, TmlError
-from tml_core.model.kv_store import KvStore, as_bytes
-from tml_core.ops._common import huge_empty
+from tml_core.model.kv_store import KvStore
 from tml_core.sequence.page_table import PageTable, pages_for
 from tml_core.sequence.pages import PagePool
 
@@ -54,10 +53,8 @@ class SequenceStore:
     def __init__(self, kv: KvStore, fingerprint: str = "") -> None:
         self.kv = kv
         self.fingerprint = fingerprint
-        self.global_bytes = as_bytes(kv.global_pages)
-        self.sliding_bytes = as_bytes(kv.sliding_pages)
-        self.global_pool = PagePool(len(self.global_bytes), "global pages")
-        self.sliding_pool = PagePool(len(self.sliding_bytes), "sliding pages")
+        self.global_pool = PagePool(len(kv.global_memory), "global pages")
+        self.sliding_pool = PagePool(len(kv.sliding_memory), "sliding pages")
         # Slots of sequences that were collected without close(): a finalizer may run anywhere, so
         # it only leaves a note here.
         self.orphans: deque[int] = deque()
@@ -65,7 +62,7 @@ class SequenceStore:
         self._spare_conv: list[Tensor] = []
         self._global_rows = kv.global_table.numpy()
         self._sliding_rows = kv.sliding_table.numpy()
-        self._conv_before = huge_empty(tuple(kv.conv_rows.shape), kv.dtype)
+        self._conv_before = kv.empty(tuple(kv.conv_rows.shape), kv.dtype)
         self._free_slots = list(range(kv.num_slots - 1, -1, -1))
         self._slots: dict[int, Slot] = {}
 
@@ -86,9 +83,9 @@ class SequenceStore:
         slot = Slot(
             index,
             PageTable(
-                self.global_pool, self._global_rows[index], self.global_bytes, num_kept_pages
+                self.global_pool, self._global_rows[index], self.kv.global_memory, num_kept_pages
             ),
-            PageTable(self.sliding_pool, self._sliding_rows[index], self.sliding_bytes),
+            PageTable(self.sliding_pool, self._sliding_rows[index], self.kv.sliding_memory),
             self.kv.conv_rows[index],
             self._conv_before[index],
         )

@@ -37,7 +37,7 @@ def records(
         out["reach"] = reach_T
     (media,) = (token_ids_T < 0).nonzero()
     if len(media):
-        rows = x_TH.contiguous().view(torch.uint8).numpy()
+        rows = x_TH.contiguous().view(torch.uint8).cpu().numpy()
         digests = b"".join(blake2b(rows[i].data, digest_size=8).digest() for i in media.tolist())
         out["digest"][media] = np.frombuffer(digests, "<u8")
     return out
