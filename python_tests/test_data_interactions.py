@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from string import Formatter
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ from tml_core.data import (
 from tml_core.data import bank as bank_module
 from tml_core.data.augment import Sound
 from tml_core.data.script import REACTION_TICKS, perform
+from tml_core.data.sentences import Sentences, number_words
 from tml_core.data.tasks import TIMER_SECONDS, is_held_out_sum
+from tml_core.data.words import CHATTER, CUES, NAMES, NUMBERS, WORDS
 from tml_core.layout import MicroTurnLayout, Stream, TextToken, ToolCall
 from tml_core.media import TICK_SAMPLES
 from tml_core.model.config import ModelConfig, bundled_path
@@ -42,10 +45,6 @@ from tml_core.train import PackedBatch, ShardReader, write_shards
 
 ENGINES = ["espeak", "pico"]  # what the wheels bring: flite may not be here
 CLEAN = Sound(gain_db=0.0, snr_db=300.0, slope=0.0, rt60_s=0.0, echo_db=0.0, seed=0)
-NUMBERS = [
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    *("eleven", "twelve"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +139,9 @@ def test_seed_index_and_split_all_matter(bank: SpeechBank) -> None:
 def test_the_stream_has_no_end_and_every_task(
     bank: SpeechBank, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks = {one.script.task for one in islice(interactions(0, bank=bank), 40)}
-    assert tasks == set(TASKS)
+    tasks = [one.script.task for one in islice(interactions(0, bank=bank), 50)]
+    assert set(tasks) == set(TASKS)
+    assert 8 < tasks.count("transcribe") < 24  # three in ten
     monkeypatch.setenv("TML_CACHE", str(cache))
     own = list(interactions(0, num=1, tasks=["echo"]))  # with a bank of its own
     assert own[0].script.task == "echo" and bank_module.cache_folder().is_dir()
@@ -199,6 +199,61 @@ def test_cues_are_answered_where_they_are_said(bank: SpeechBank) -> None:
         assert expected.tick in [tick_at(mark) + REACTION_TICKS for mark in marks]
         assert (expected.tick + 1) * TICK_SAMPLES < one.script.num_ticks * TICK_SAMPLES
     assert engines == set(ENGINES)
+
+
+def test_every_word_is_written_in_the_tick_after_it_was_heard(
+    bank: SpeechBank, layout: MicroTurnLayout
+) -> None:
+    engines = set()
+    for one in some("transcribe", bank, num=8):
+        script = one.script
+        [(typed_at, request)] = script.typed
+        assert one.chunks[typed_at].text == request == script.phrasing
+        due: dict[int, list[str]] = {}
+        for spoken in script.spoken:
+            assert spoken.start > (typed_at + 1) * TICK_SAMPLES
+            speech, words = perform(spoken, bank), spoken.text.split()
+            engines.add(spoken.voice.engine)
+            length = len(speech.pcm)
+            ends = [length] * len(words) if speech.words is None else [*speech.words[1:], length]
+            assert speech.words is not None or len(words) <= 3
+            for word, end in zip(words, ends, strict=True):
+                due.setdefault(tick_at(spoken.start + end) + REACTION_TICKS, []).append(word)
+        assert {e.tick: e.text for e in script.expected} == {
+            tick: " ".join(words) for tick, words in due.items()
+        }
+        # No word begins later than what is spelled before it lasts, and none is lost.
+        written = [
+            layout.codec.decode(t for t in run if layout.grammar.is_text[t])
+            for run in one.runs(layout)
+        ]
+        assert "".join(written) == " ".join(spoken.text for spoken in script.spoken)
+        for tick in due:
+            assert written[tick]
+    assert engines == set(ENGINES)
+
+
+def test_what_is_dictated_covers_every_request() -> None:
+    others = [task for task in TASKS.values() if task.name != "transcribe"]
+    sentences = Sentences([text for task in others for text in task.phrasings.train])
+    rng = np.random.default_rng(0)
+    drawn = {word for _ in range(9000) for word in sentences.draw(rng).split()}
+    assert set(sentences.words) <= drawn and "fifty" in drawn
+    known = set(sentences.words)
+    for task in others:
+        for text in task.phrasings.train:
+            literal = "".join(part for part, *_ in Formatter().parse(text))
+            assert set(literal.split()) <= known
+    assert set(NUMBERS) | set(" ".join((*WORDS, *CUES, *NAMES, *CHATTER)).split()) <= known
+    assert not {"waves", "kicks"} & known and len(known) > 800
+
+
+def test_numbers_are_said_as_people_do() -> None:
+    told = [number_words(value) for value in (0, 13, 20, 47, 100, 305, 1000, 9112)]
+    assert told == [
+        *("zero", "thirteen", "twenty", "forty seven", "one hundred", "three hundred and five"),
+        *("one thousand", "nine thousand one hundred and twelve"),
+    ]
 
 
 def test_what_is_not_for_the_model_is_met_with_silence(
@@ -327,13 +382,22 @@ def test_refusals(bank: SpeechBank, layout: MicroTurnLayout) -> None:
         expecting(Expected(3, "a"), Expected(3, "b"))
     with pytest.raises(errors.InvalidArgument, match=r"Script.expected: expected ticks in \[0, "):
         expecting(Expected(script.num_ticks, "late"))
-    crowded = Interaction(
-        expecting(Expected(3, "a long sentence indeed"), Expected(4, "b")), one.chunks
-    )
-    with pytest.raises(errors.InvalidArgument, match="tick 4 has output, but what came before"):
-        crowded.runs(layout)
+    busy = Expected(3, "a long sentence indeed")
+    late = Expected(14, "b")
+    for first, then in (
+        (busy, Expected(4, call=("look", {}))),
+        (Expected(3, call=("look", {})), Expected(4, "b")),
+        (replace(busy, text=8 * busy.text), late),
+    ):
+        crowded = Interaction(
+            replace(expecting(), num_ticks=99, expected=(first, then)), one.chunks
+        )
+        with pytest.raises(
+            errors.InvalidArgument, match=r"tick \d+ has output, but what came before"
+        ):
+            crowded.runs(layout)
     cut = Interaction(expecting(Expected(script.num_ticks - 1, "a long sentence")), one.chunks)
-    with pytest.raises(errors.InvalidArgument, match="ticks before its output does"):
+    with pytest.raises(errors.InvalidArgument, match="ends 7 tokens before its output does"):
         cut.runs(layout)
 
 

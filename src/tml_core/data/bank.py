@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,8 @@ _OTHERS: Final[dict[Split, tuple[tuple[str, str], ...]]] = {
     "train": (("pico", "en-US"),),
     "held_out": (("pico", "en-GB"), *(("flite", name) for name in ("awb", "kal16", "rms", "slt"))),
 }
-_FORMAT: Final = 1  # of a cached utterance: raise it when what an engine hands over changes
+_FORMAT: Final = 2  # of a cached utterance: raise it when what an engine hands over changes
+_NUM_RECENT: Final = 64  # utterances at hand: a script is written first and rendered then
 
 
 def voices(split: Split, engine: str | None = None) -> tuple[Voice, ...]:
@@ -74,6 +76,7 @@ class SpeechBank:
                 raise InvalidArgument(f"engines: expected some of {list(ENGINES)}, got {name!r}")
         self._cache = None if cache is None else Path(cache)
         self._engines: dict[str, Engine] = {}
+        self._recent: OrderedDict[tuple[str, Voice], Speech] = OrderedDict()
         reasons = []
         for name, make in ENGINES.items():
             if engines is not None and name not in engines:
@@ -103,8 +106,19 @@ class SpeechBank:
             )
         return found
 
-    def speak(self, text: str, voice: Voice) -> Speech:
-        """``text`` in that voice, at 16 bits; from the cache if it was said before."""
+    def speak(self, text: str, voice: Voice, *, keep: bool = True) -> Speech:
+        """``text`` in that voice, at 16 bits; from the cache if it was said before.
+
+        ``keep=False``: what nobody says twice is not filed.
+        """
+        recent = self._recent.get((text, voice))
+        if recent is None:
+            recent = self._recent[text, voice] = self._speak(text, voice, keep)
+            if len(self._recent) > _NUM_RECENT:
+                self._recent.popitem(last=False)
+        return recent
+
+    def _speak(self, text: str, voice: Voice, keep: bool) -> Speech:
         engine = self._engines.get(voice.engine)
         if engine is None:
             raise InvalidArgument(
@@ -112,7 +126,8 @@ class SpeechBank:
             )
         asked = [_FORMAT, engine.name, engine.version, voice.name, voice.rate, voice.pitch, text]
         key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        file = None if self._cache is None else self._cache / key[:2] / f"{key}.safetensors"
+        folder = self._cache if keep else None
+        file = None if folder is None else folder / key[:2] / f"{key}.safetensors"
         if file is not None and (kept := _read(file)) is not None:
             return kept
         said = engine.speak(text, voice)

@@ -44,7 +44,8 @@ class Voice:
 @dataclass(frozen=True, eq=False)
 class Speech:
     """``pcm``: float32 [S] at 16 kHz, from the first sound to the last. ``words``: the sample at
-    which each word of the text begins, None where the engine does not say."""
+    which each word of the text begins, None where the engine does not say. Of words that are run
+    together ("of the"), all but the first begin where the group ends."""
 
     pcm: Pcm
     words: tuple[int, ...] | None = None

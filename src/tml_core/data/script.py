@@ -48,18 +48,21 @@ def tick_at(sample: int) -> int:
 @dataclass(frozen=True)
 class Spoken:
     """Something said. ``start``: its first sample. ``speed``: tempo and pitch together, as of a
-    tape. ``level``: a factor on the amplitude; other people are far away."""
+    tape. ``level``: a factor on the amplitude; other people are far away. ``is_once``: hardly to be
+    said again, and so not kept on disk."""
 
     start: int
     text: str
     voice: Voice
     speed: float = 1.0
     level: float = 1.0
+    is_once: bool = False
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the model begins in ``tick``: saying ``text``, a ``call`` (name, args), or both."""
+    """What the model begins in ``tick``: saying ``text``, a ``call`` (name, args), or both. Text
+    that is due while other text is still being spelled comes right after it."""
 
     tick: int
     text: str = ""
@@ -71,7 +74,8 @@ class Script:
     """Everything that makes one interaction; equal scripts render to equal bits.
 
     ``phrasing``: of the request, as in the task's list, for counting and for holding out.
-    ``results``: (tick, result) of tools. ``expected``: in order of ticks; every other is silent.
+    ``results``: (tick, result) of tools. ``typed``: (tick, text) of the user's keyboard.
+    ``expected``: in order of ticks; every other is silent.
     """
 
     task: str
@@ -83,6 +87,7 @@ class Script:
     sound: Sound
     scene: Scene | None = None
     results: tuple[tuple[int, ToolResult], ...] = ()
+    typed: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
         ticks = [one.tick for one in self.expected]
@@ -91,6 +96,7 @@ class Script:
         for name, used in (
             ("expected", ticks),
             ("results", [tick for tick, _ in self.results]),
+            ("typed", [tick for tick, _ in self.typed]),
         ):
             if any(not 0 <= tick < self.num_ticks for tick in used):
                 raise InvalidArgument(
@@ -131,6 +137,7 @@ class ScriptWriter:
         self._spoken: list[Spoken] = []
         self._expected: dict[int, Expected] = {}
         self._results: list[tuple[int, ToolResult]] = []
+        self._typed: list[tuple[int, str]] = []
         self._scene: Scene | None = None
         self.user = self.draw_voice()
         self._speed = round(float(rng.uniform(0.92, 1.08)), 2)
@@ -189,13 +196,45 @@ class ScriptWriter:
         start, index = self.now, len(before.split())
         whole = Spoken(start, f"{before} {after}", self.user, self._speed)
         words = perform(whole, self._bank).words
-        # An engine may run words together ("of the"): then it tells fewer times than there are.
-        if words is not None and len(words) == len(whole.text.split()):
+        # Not where the mark is in the middle of words that are run together ("of the").
+        if words is not None and words[index] < (*words, start)[index + 1]:
             self.say(whole.text)
             return start + words[index]
         mark = self.say(before)
         self.say(after)
         return mark
+
+    def type(self, phrasings: Phrasings) -> None:
+        """The user types the request for the task now, in one of the split's ways."""
+        self._phrasing = self.choice(phrasings.of(self.split))
+        self._typed.append((tick_at(self.now), self._phrasing))
+
+    def dictate(self, text: str) -> None:
+        """The user says ``text``, and the model writes each word in the tick after it was over.
+
+        Where the engine tells no times, one to three words are an utterance, after which they are
+        written; utterances follow each other end to end.
+        """
+        words = text.split()
+        whole = Spoken(self.now, text, self.user, self._speed, is_once=True)
+        speech = perform(whole, self._bank)
+        if speech.words is not None:
+            self._spoken.append(whole)
+            ends = (*speech.words[1:], len(speech.pcm))
+            for word, end in zip(words, ends, strict=True):
+                self.write(tick_at(whole.start + end) + REACTION_TICKS, word)
+            self.now += len(speech.pcm)
+            return
+        while words:
+            num_words = int(self.rng.integers(1, 4))
+            said, words = words[:num_words], words[num_words:]
+            tick = tick_at(self.say(" ".join(said))) + REACTION_TICKS
+            self.write(tick, " ".join(said))
+
+    def write(self, tick: int, text: str) -> None:
+        """The model should say ``text`` in ``tick``, after what it says there already."""
+        before = self._expected.pop(tick, Expected(tick))
+        self.expect(tick, f"{before.text} {text}".strip(), before.call)
 
     def expect(
         self, tick: int, text: str = "", call: tuple[str, Mapping[str, Any]] | None = None
@@ -227,12 +266,13 @@ class ScriptWriter:
             sound=draw_sound(self.rng),
             scene=self._scene,
             results=tuple(self._results),
+            typed=tuple(self._typed),
         )
 
 
 def perform(spoken: Spoken, bank: SpeechBank) -> Speech:
     """What is heard of it, at its speed and level; times of words moved along."""
-    speech = bank.speak(spoken.text, spoken.voice)
+    speech = bank.speak(spoken.text, spoken.voice, keep=not spoken.is_once)
     pcm_S, words = speech.pcm, speech.words
     if spoken.speed != 1.0:
         rate = round(SAMPLE_RATE * spoken.speed)

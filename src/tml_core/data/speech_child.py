@@ -5,7 +5,8 @@
 Run by path, imports nothing of this package: espeak-ng (GPL) lives in this process alone.
 A request is a line of JSON ``{"text", "voice", "rate", "pitch"}``; the answer is a line of JSON
 ``{"num_bytes", "sample_rate", "words"}`` followed by that many bytes of int16 samples, or
-``{"error": ...}`` alone. ``words``: the millisecond at which each begins, null if not known.
+``{"error": ...}`` alone. ``words``: the millisecond at which each begins, null if not known. Where
+espeak runs words together ("of the"), all but the first begin where the group ends.
 The first line out is ``{"version"}``, or an error where the engine is not installed.
 
 What both libraries say depends on what they said before, so every request is served by a fork that
@@ -16,6 +17,7 @@ import ctypes
 import ctypes.util
 import json
 import os
+import re
 import sys
 from importlib import metadata
 
@@ -69,7 +71,7 @@ class _Espeak:
         info.restype = ctypes.c_char_p
         self.version = info(None).decode().split()[0]
         self._pcm = bytearray()
-        self._words: list[int] = []
+        self._words: dict[int, int] = {}  # milliseconds by position in the text
         self._callback = _Callback(self._take)  # kept: C holds no reference
         self._library.espeak_SetSynthCallback(self._callback)
 
@@ -93,9 +95,18 @@ class _Espeak:
         head = {
             "num_bytes": len(self._pcm),
             "sample_rate": self._sample_rate,
-            "words": self._words,
+            "words": self._starts(str(request["text"])),
         }
         return head, bytes(self._pcm)
+
+    def _starts(self, text: str) -> list[int]:
+        """Of each word of the text; espeak tells the positions of those it begins anew."""
+        starts: list[int] = []
+        follows = 1000 * (len(self._pcm) // 2) // self._sample_rate
+        for found in reversed(list(re.finditer(r"\S+", text))):
+            follows = self._words.get(found.start(), follows)
+            starts.insert(0, follows)
+        return starts
 
     def _take(self, pcm, num_samples, events) -> int:  # type: ignore[no-untyped-def]
         if pcm and num_samples > 0:
@@ -104,7 +115,7 @@ class _Espeak:
         while events[index].type != 0:
             event = events[index]
             if event.type == _WORD:
-                self._words.append(event.audio_position)
+                self._words.setdefault(event.text_position - 1, event.audio_position)
             index += 1
         return 0
 

@@ -4,6 +4,7 @@ Everything random of interaction ``index`` comes from a generator keyed by (seed
 split: any one can be made alone, anywhere, in any order.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -20,13 +21,13 @@ from tml_core.data.tasks import TASKS
 from tml_core.errors import InvalidArgument
 from tml_core.layout.chunk import Chunk, ToolResult
 from tml_core.layout.micro_turn import MicroTurnLayout, MicroTurnState
-from tml_core.layout.state import Stream
 from tml_core.media.micro_turns import TICK_MS, TICK_SAMPLES
 from tml_core.train.packing import Transcript
 
 __all__ = ["Interaction", "interaction", "interactions", "render_script"]
 
 _FRAMES_PER_TICK: Final = 2
+_MAX_LATE_TICKS: Final = 10  # that text may be spelled without a break while more is due
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,34 +45,41 @@ class Interaction:
     def runs(self, layout: MicroTurnLayout) -> list[list[int]]:
         """What should be sampled in each tick, as `MicroTurnLayout.encode_session` takes it.
 
-        What is too long for a tick goes on in the next ones. Words said later in a session begin
-        with a space. Raises InvalidArgument where something is due while the last still goes on.
+        What is too long for a tick goes on in the next ones, and what is due then comes after it.
+        Words said later in a session begin with a space. Raises InvalidArgument where a call is due
+        while something goes on, something while a call goes on, or text comes too late.
         """
-        silence = layout.grammar.tokens.silence
+        tokens = layout.grammar.tokens
         runs: list[list[int]] = []
-        going_on: list[list[int]] = []
-        has_said = False
+        going_on: deque[int] = deque()
+        is_calling, has_said, since = False, False, 0
         state = layout.initial_state()
         for tick, chunk in enumerate(self.chunks):
             state = _advanced(layout.encode_input(_without_media(chunk), state).state)
             if (due := self.expected.get(tick)) is not None:
-                if going_on:
+                if going_on and (is_calling or due.call or tick > since + _MAX_LATE_TICKS):
                     raise InvalidArgument(
                         f"script: {self.script.task}: tick {tick} has output, but what came "
-                        f"before needs {len(going_on)} more"
+                        f"before needs {len(going_on)} more tokens"
                     )
+                if not going_on:
+                    since = tick
                 text = f" {due.text}" if has_said and due.text else due.text
                 has_said = has_said or bool(text)
-                going_on = _split(layout, state, Expected(tick, text, due.call))
-            run = going_on.pop(0) if going_on else [silence]
+                is_calling = due.call is not None
+                call = None if due.call is None else (due.call[0], dict(due.call[1]))
+                going_on.extend(layout.encode_output(state, text, call))
             output = layout.begin_output(state)
-            for token_id in run:
-                output.accept(token_id, 0.0)
+            run: list[int] = []
+            while not output.is_done:
+                closing = tokens.end_out if run else tokens.silence
+                run.append(going_on.popleft() if going_on else closing)
+                output.accept(run[-1], 0.0)
             state = _advanced(output.state)
             runs.append(run)
         if going_on:
             raise InvalidArgument(
-                f"script: {self.script.task}: ends {len(going_on)} ticks before its output does"
+                f"script: {self.script.task}: ends {len(going_on)} tokens before its output does"
             )
         return runs
 
@@ -146,6 +154,7 @@ def render_script(script: Script, bank: SpeechBank) -> Interaction:
     results = dict[int, list[ToolResult]]()
     for tick, result in script.results:
         results.setdefault(tick, []).append(result)
+    typed = dict(script.typed)
     chunks = []
     for tick in range(script.num_ticks):
         start_s = tick * TICK_MS / 1000
@@ -159,6 +168,7 @@ def render_script(script: Script, bank: SpeechBank) -> Interaction:
             Chunk(
                 audio=pcm_S[tick * TICK_SAMPLES : (tick + 1) * TICK_SAMPLES],
                 frames=frames,
+                text=typed.get(tick),
                 items=tuple(results.get(tick, ())),
             )
         )
@@ -167,23 +177,10 @@ def render_script(script: Script, bank: SpeechBank) -> Interaction:
 
 def _without_media(chunk: Chunk) -> Chunk:
     """What of a chunk matters for spelling the output: neither sound nor pictures."""
-    return Chunk(items=chunk.items, is_idle=not chunk.items)
+    is_idle = not chunk.items and not chunk.text
+    return Chunk(items=chunk.items, text=chunk.text, is_idle=is_idle)
 
 
 def _advanced(state: object) -> MicroTurnState:
     assert isinstance(state, MicroTurnState)
     return state
-
-
-def _split(layout: MicroTurnLayout, state: MicroTurnState, due: Expected) -> list[list[int]]:
-    """The sampled tokens of this tick and of those it goes on in."""
-    call = None if due.call is None else (due.call[0], dict(due.call[1]))
-    ids = layout.encode_output(state, due.text, call)
-    return [
-        [
-            token_id
-            for token_id, stream in zip(part.token_ids, part.streams, strict=True)
-            if stream != Stream.FORCED
-        ]
-        for part in layout.split_output(state, ids)
-    ]

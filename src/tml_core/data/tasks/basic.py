@@ -1,47 +1,21 @@
-"""What can happen: each task writes one script, asked for in words of its split.
+"""One request each: timers, cues, echoes, sums, talk to others, delegation, counting.
 
 Values are held out too: durations, sums and actions that training never has.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from tml_core.background.attachment import DELEGATE
 from tml_core.data.figure import ACTIONS, HELD_OUT_ACTIONS, Rep, draw_scene
 from tml_core.data.script import REACTION_TICKS, Phrasings, ScriptWriter, tick_at
+from tml_core.data.tasks.task import Task
+from tml_core.data.words import CHATTER, CUES, FILLERS, NAMES, NUMBERS, QUESTIONS, WORDS
 from tml_core.layout.chunk import ToolResult
 from tml_core.media.audio_file import SAMPLE_RATE
 from tml_core.media.micro_turns import TICK_SAMPLES
 
-__all__ = ["TASKS", "TIMER_SECONDS", "Task", "is_held_out_sum"]
+__all__ = ["BASIC", "TIMER_SECONDS", "is_held_out_sum"]
 
-_NUMBERS: Final = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    *("eleven", "twelve"),
-)
-_WORDS: Final = ("blue", "stretch", "tea", "water", "stop", "breathe", "lunch", "now", "ready")
-_CUES: Final = ("apple", "window", "garden", "music", "seven", "paper", "orange", "river")
-_FILLERS: Final = (
-    ("yesterday i walked past the", "and then it began to rain a little"),
-    ("my sister told me about the", "that she had seen the other day"),
-    ("there was only one", "left on the table in the morning"),
-    ("i never thought that the", "could make such a difference"),
-)
-_CHATTER: Final = (
-    "the train to the city leaves at noon",
-    "i think we should paint the kitchen first",
-    "did you feed the cat this morning",
-    "they moved the meeting to next week",
-    "my brother is learning to play the drums",
-)
-_QUESTIONS: Final = {
-    "weather in oslo": "rain",
-    "height of everest": "8849 m",
-    "time in tokyo": "9 pm",
-    "price of gold": "up 2%",
-    "next bus home": "in 6 min",
-}
 TIMER_SECONDS: Final = {"train": (2, 3, 4, 6, 7, 8, 10), "held_out": (5, 9, 11)}
 
 _TIMER: Final = Phrasings(
@@ -86,40 +60,30 @@ _COUNT: Final = Phrasings(
 )
 
 
-@dataclass(frozen=True)
-class Task:
-    """``write`` fills a script; ``weight``: how often it comes, against the others."""
-
-    name: str
-    phrasings: Phrasings
-    write: Callable[[ScriptWriter], None]
-    weight: float = 1.0
-
-
 def is_held_out_sum(a: int, b: int) -> bool:
     """Whether training never sees a + b; a fifth of all sums, in either order of the two."""
     return (3 * (a + b) + a * b) % 5 == 0
 
 
 def _timer(script: ScriptWriter) -> None:
-    word, seconds = script.choice(_WORDS), script.choice(TIMER_SECONDS[script.split])
-    end = script.ask(_TIMER, word=word, number=_NUMBERS[seconds])
+    word, seconds = script.choice(WORDS), script.choice(TIMER_SECONDS[script.split])
+    end = script.ask(_TIMER, word=word, number=NUMBERS[seconds])
     due = end + seconds * SAMPLE_RATE
     script.expect(tick_at(due), word)
     if seconds >= 6 and script.rng.random() < 0.4:  # life goes on meanwhile
         script.pause(1.0, 1.5)
-        script.say(script.choice(_CHATTER))
+        script.say(script.choice(CHATTER))
     script.now = max(script.now, due)
     script.pause(1.5, 3.0)
 
 
 def _cue(script: ScriptWriter) -> None:
-    word = script.choice(_WORDS)
-    cue, other = (str(one) for one in script.rng.choice(_CUES, 2, replace=False))
+    word = script.choice(WORDS)
+    cue, other = (str(one) for one in script.rng.choice(CUES, 2, replace=False))
     script.ask(_CUE, word=word, cue=cue)
     for spoken in script.rng.permutation([cue, other]):
         script.pause(0.8, 1.6)
-        before, after = script.choice(_FILLERS)
+        before, after = script.choice(FILLERS)
         heard = script.say_marked(f"{before} {spoken}", after)
         if spoken == cue:
             script.expect(tick_at(heard) + REACTION_TICKS, word)
@@ -127,7 +91,7 @@ def _cue(script: ScriptWriter) -> None:
 
 
 def _echo(script: ScriptWriter) -> None:
-    words = " ".join(str(one) for one in script.rng.choice(_WORDS, 2, replace=False))
+    words = " ".join(str(one) for one in script.rng.choice(WORDS, 2, replace=False))
     end = script.ask(_ECHO, words=words)
     script.expect(tick_at(end) + REACTION_TICKS, words)
     script.pause(1.5, 3.0)
@@ -137,25 +101,25 @@ def _sum(script: ScriptWriter) -> None:
     wanted = script.split == "held_out"
     pairs = [(a, b) for a in range(10) for b in range(10) if is_held_out_sum(a, b) == wanted]
     a, b = script.choice(pairs)
-    end = script.ask(_SUM, a=_NUMBERS[a], b=_NUMBERS[b])
+    end = script.ask(_SUM, a=NUMBERS[a], b=NUMBERS[b])
     script.expect(tick_at(end) + REACTION_TICKS, str(a + b))
     script.pause(1.5, 3.0)
 
 
 def _aside(script: ScriptWriter) -> None:
-    name, line = script.choice(("anna", "peter", "maria")), script.choice(_CHATTER)
+    name, line = script.choice(NAMES), script.choice(CHATTER)
     script.ask(_ASIDE, name=name, line=line)
     script.pause(0.5, 1.2)
     level = round(float(script.rng.uniform(0.1, 0.5)), 2)
     for _ in range(int(script.rng.integers(1, 3))):
         other = script.draw_voice(script.user)
-        script.say(script.choice(_CHATTER), voice=other, level=level)
+        script.say(script.choice(CHATTER), voice=other, level=level)
         script.pause(0.4, 1.5)
     script.pause(0.5, 2.0)
 
 
 def _delegate(script: ScriptWriter) -> None:
-    what, answer = script.choice(tuple(_QUESTIONS.items()))
+    what, answer = script.choice(tuple(QUESTIONS.items()))
     end = script.ask(_DELEGATE, what=what)
     call = tick_at(end) + REACTION_TICKS
     script.expect(call, call=(DELEGATE, {"request": what}))
@@ -165,7 +129,7 @@ def _delegate(script: ScriptWriter) -> None:
     free = arrives
     if script.rng.random() < 0.5:  # it comes while the user talks, and has to wait
         start = arrives * TICK_SAMPLES - script.seconds(0.2, 1.0)
-        free = max(free, tick_at(script.say(script.choice(_CHATTER), at=start)))
+        free = max(free, tick_at(script.say(script.choice(CHATTER), at=start)))
     script.expect(free + REACTION_TICKS, answer)
     script.now = (free + 1) * TICK_SAMPLES
     script.pause(1.5, 3.0)
@@ -195,15 +159,12 @@ def _count(script: ScriptWriter) -> None:
     script.pause(1.0, 2.5)
 
 
-TASKS: Final = {
-    task.name: task
-    for task in (
-        Task("timer", _TIMER, _timer),
-        Task("cue", _CUE, _cue),
-        Task("echo", _ECHO, _echo),
-        Task("sum", _SUM, _sum),
-        Task("aside", _ASIDE, _aside),
-        Task("delegate", _DELEGATE, _delegate),
-        Task("count", _COUNT, _count),
-    )
-}
+BASIC: Final = (
+    Task("timer", _TIMER, _timer),
+    Task("cue", _CUE, _cue),
+    Task("echo", _ECHO, _echo),
+    Task("sum", _SUM, _sum),
+    Task("aside", _ASIDE, _aside),
+    Task("delegate", _DELEGATE, _delegate),
+    Task("count", _COUNT, _count),
+)
