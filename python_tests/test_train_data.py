@@ -96,11 +96,11 @@ def test_what_is_no_dataset_is_refused(config: ModelConfig, tmp_path: Path) -> N
     with pytest.raises(errors.InvalidArgument, match="with vocab_size 128, this one has 320"):
         ShardReader(tmp_path, nano)
     file = tmp_path / "dataset.json"
-    file.write_text(file.read_text().replace('"version": 1', '"version": 9'))
-    with pytest.raises(errors.CheckpointError, match=r"must be tml-transcripts 1, got .* 9"):
+    file.write_text(file.read_text().replace('"version": 2', '"version": 9'))
+    with pytest.raises(errors.CheckpointError, match=r"must be tml-transcripts 2, got .* 9"):
         ShardReader(tmp_path, config)
     (tmp_path / "shard-00000.safetensors").unlink()
-    file.write_text(file.read_text().replace('"version": 9', '"version": 1'))
+    file.write_text(file.read_text().replace('"version": 9', '"version": 2'))
     with pytest.raises(errors.CheckpointError, match=r"every shard of .* is damaged"):
         ShardReader(tmp_path, config, skip_corrupt=True)
 

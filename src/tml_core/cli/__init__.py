@@ -1,4 +1,4 @@
-"""The command line: ``tml-core run``, ``info``, ``train``, ``align`` and ``load``.
+"""The command line: ``tml-core run``, ``info``, ``train``, ``data``, ``align`` and ``load``.
 
 What goes wrong on purpose is one line on stderr and exit code 2, never a traceback.
 """
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tml_core.cli.data import app as data_app
 from tml_core.errors import TmlError
 
 __all__ = ["app", "main"]
@@ -20,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="An open runtime for interaction models: 200 ms micro-turns on one persistent sequence.",
 )
+
+app.add_typer(data_app, name="data")
 
 _Model = Annotated[str, typer.Option(help="nano (bundled, untrained) or a checkpoint directory.")]
 _Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]

@@ -10,6 +10,7 @@ Who speaks (engines, bank), what is seen (figure), how it is heard (augment), wh
 
 from tml_core.data.augment import Sound
 from tml_core.data.bank import SPLITS, SpeechBank, cache_folder, voices
+from tml_core.data.build import BuildReport, build
 from tml_core.data.engines import Speech, Voice
 from tml_core.data.figure import Rep, Scene
 from tml_core.data.script import Expected, Phrasings, Script, Spoken, tick_at
@@ -19,6 +20,7 @@ from tml_core.data.tasks import TASKS
 __all__ = [
     "SPLITS",
     "TASKS",
+    "BuildReport",
     "Expected",
     "Interaction",
     "Phrasings",
@@ -30,6 +32,7 @@ __all__ = [
     "SpeechBank",
     "Spoken",
     "Voice",
+    "build",
     "cache_folder",
     "interaction",
     "interactions",

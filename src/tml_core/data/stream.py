@@ -24,8 +24,10 @@ from tml_core.layout.micro_turn import MicroTurnLayout, MicroTurnState
 from tml_core.media.micro_turns import TICK_MS, TICK_SAMPLES
 from tml_core.train.packing import Transcript
 
-__all__ = ["Interaction", "interaction", "interactions", "render_script"]
+__all__ = ["DATA_VERSION", "Interaction", "interaction", "interactions", "render_script"]
 
+# Raise it when an interaction of the same seed is no longer the same.
+DATA_VERSION: Final = 2
 _FRAMES_PER_TICK: Final = 2
 _MAX_LATE_TICKS: Final = 10  # that text may be spelled without a break while more is due
 

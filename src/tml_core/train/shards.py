@@ -4,16 +4,19 @@ A folder has ``dataset.json`` (format, version, what the model must know, for ea
 SHA-256 and the lengths of its transcripts) and ``shard-00000.safetensors``, ... Every file is
 written whole or not at all; the index comes last.
 
+Two dMel levels share a byte where there are at most 16, ids and labels have 16 bits where these are
+enough, and pictures are JPEG; patches that are no picture of bytes are kept as they are.
+
 Legend: N text positions, F audio frames, P patches, T positions, K pieces.
 """
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast, overload
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,13 +27,22 @@ from tml_core.media.segments import Audio, Block, Image, Segment, Tokens
 from tml_core.model.config import ModelConfig
 from tml_core.train.files import file_digest, replaced_file
 from tml_core.train.packing import PackedBatch, Transcript
+from tml_core.train.pictures import PackedPicture, pack_picture, unpack_picture
 
-__all__ = ["ShardReader", "write_shards"]
+__all__ = [
+    "ShardReader",
+    "shard_entry",
+    "shard_name",
+    "write_index",
+    "write_shard",
+    "write_shards",
+]
 
 _FORMAT: Final = "tml-transcripts"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _INDEX: Final = "dataset.json"
-_TOKENS, _AUDIO, _IMAGE = range(3)
+_TOKENS, _AUDIO, _PATCHES, _PICTURE = range(4)
+_PACKED_LEVELS: Final = 16  # two of them fit a byte
 _MAX_OPEN: Final = 64  # shards that stay mapped
 
 
@@ -40,10 +52,12 @@ def write_shards(
     config: ModelConfig,
     *,
     shard_bytes: int = 64 << 20,
+    jpeg_quality: int | None = 92,
 ) -> int:
     """Pack transcripts of any number, one by one, into shards of about ``shard_bytes``.
 
-    ``folder`` is created and must not hold a dataset. Returns how many were written. Raises
+    ``folder`` is created and must not hold a dataset. ``jpeg_quality``: of pictures, 1 to 95; None
+    keeps their patches as they are, at thirty times the size. Returns how many were written. Raises
     InvalidArgument for a folder in use, no transcript at all, or one that the model of ``config``
     cannot take, naming it.
     """
@@ -51,24 +65,63 @@ def write_shards(
     if (root / _INDEX).exists():
         raise InvalidArgument(f"folder: {root} holds a dataset already")
     root.mkdir(parents=True, exist_ok=True)
-    entries: list[dict[str, Any]] = []
-    shard = _Shard()
+    files: list[Path] = []
+    shard = _Shard(config, jpeg_quality)
     count = 0
     for transcript in transcripts:
-        try:
-            PackedBatch.pack([transcript], config)
-        except InvalidArgument as error:
-            message = str(error).replace("transcripts[0]", f"transcripts[{count}]")
-            raise InvalidArgument(message) from error
-        shard.add(transcript)
+        shard.add(transcript, count)
         count += 1
         if shard.num_bytes >= shard_bytes:
-            entries.append(_write(root, len(entries), shard))
-            shard = _Shard()
+            files.append(shard.write(root / shard_name(len(files))))
+            shard = _Shard(config, jpeg_quality)
     if shard.lengths:
-        entries.append(_write(root, len(entries), shard))
-    if not entries:
+        files.append(shard.write(root / shard_name(len(files))))
+    if not files:
         raise InvalidArgument("transcripts: expected at least one, got none")
+    write_index(root, config, [shard_entry(file) for file in files])
+    return count
+
+
+def shard_name(index: int) -> str:
+    """Of shard number ``index`` in its folder."""
+    return f"shard-{index:05}.safetensors"
+
+
+def write_shard(
+    file: Path,
+    transcripts: Iterable[Transcript],
+    config: ModelConfig,
+    facts: Mapping[str, str],
+    jpeg_quality: int | None = 92,
+) -> None:
+    """One shard, whole or not at all. ``facts``: what else is known of it, for `shard_entry`."""
+    shard = _Shard(config, jpeg_quality)
+    for number, transcript in enumerate(transcripts):
+        shard.add(transcript, number)
+    shard.write(file, facts)
+
+
+def shard_entry(file: Path) -> dict[str, Any]:
+    """What the index says of a shard that is written. Raises CheckpointError for no whole one."""
+    try:
+        with cast(Any, safe_open)(file, framework="pt") as opened:
+            lengths = opened.get_tensor("lengths").tolist()
+            facts = dict(opened.metadata())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"data: shard {file} cannot be read: {error}") from error
+    if (facts.pop("format", None), facts.pop("version", None)) != (_FORMAT, str(_VERSION)):
+        raise CheckpointError(f"data: shard {file} must be {_FORMAT} {_VERSION}, got another")
+    return {
+        "name": file.name,
+        "bytes": file.stat().st_size,
+        "sha256": file_digest(file),
+        **facts,
+        "lengths": lengths,
+    }
+
+
+def write_index(root: Path, config: ModelConfig, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Make a dataset of the shards in ``root``, in this order."""
     index = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -77,7 +130,6 @@ def write_shards(
     }
     with replaced_file(root / _INDEX) as file:
         file.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return count
 
 
 class ShardReader(Sequence[Transcript]):
@@ -94,6 +146,7 @@ class ShardReader(Sequence[Transcript]):
         self, folder: str | Path, config: ModelConfig, *, skip_corrupt: bool = False
     ) -> None:
         self._root = Path(folder)
+        self._config = config
         index = self._read_index(config)
         self.skipped: list[str] = []
         self.lengths: list[int] = []
@@ -129,7 +182,7 @@ class ShardReader(Sequence[Transcript]):
         if name not in self._views:
             if len(self._views) == _MAX_OPEN:
                 self._views.popitem(last=False)
-            self._views[name] = _ShardView(self._root / name)
+            self._views[name] = _ShardView(self._root / name, self._config)
         self._views.move_to_end(name)
         return self._views[name].transcript(row)
 
@@ -168,78 +221,81 @@ class ShardReader(Sequence[Transcript]):
         return ""
 
 
-@dataclass
 class _Shard:
     """The tensors of transcripts to be, end to end."""
 
-    ids: list[Tensor] = field(default_factory=list)
-    bins: list[Tensor] = field(default_factory=list)
-    patches: list[Tensor] = field(default_factory=list)
-    targets: list[Tensor] = field(default_factory=list)
-    streams: list[Tensor] = field(default_factory=list)
-    pieces: list[tuple[int, int, int]] = field(default_factory=list)  # kind, length, block or -1
-    num_pieces: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    num_bytes: int = 0
+    def __init__(self, config: ModelConfig, jpeg_quality: int | None) -> None:
+        self._config = config
+        self._quality = jpeg_quality
+        self._id_dtype = torch.int16 if config.text.vocab_size < 1 << 15 else torch.int32
+        self._parts: dict[str, list[Tensor]] = {}
+        self._pieces: list[tuple[int, int, int]] = []  # kind, length, block or -1
+        self._num_pieces: list[int] = []
+        self.lengths: list[int] = []
+        self.num_bytes = 0
 
-    def add(self, transcript: Transcript) -> None:
-        before = len(self.pieces)
+    def add(self, transcript: Transcript, number: int) -> None:
+        """Raises InvalidArgument naming transcript ``number`` if the model cannot take it."""
+        try:
+            PackedBatch.pack([transcript], self._config)
+        except InvalidArgument as error:
+            message = str(error).replace("transcripts[0]", f"transcripts[{number}]")
+            raise InvalidArgument(message) from error
+        before = len(self._pieces)
         for index, segment in enumerate(transcript.segments):
             is_block = isinstance(segment, Block)
             for part in segment.segments if isinstance(segment, Block) else (segment,):
-                self._add_part(part, index if is_block else -1)
-        self.targets.append(transcript.targets.int())
-        self.streams.append(transcript.streams)
-        self.num_pieces.append(len(self.pieces) - before)
+                kind, length = self._add_part(part)
+                self._pieces.append((kind, length, index if is_block else -1))
+        self._add("targets", transcript.targets.to(self._id_dtype))
+        self._add("streams", transcript.streams)
+        self._num_pieces.append(len(self._pieces) - before)
         self.lengths.append(transcript.num_tokens)
-        self.num_bytes += 5 * transcript.num_tokens
 
-    def _add_part(self, part: Segment, block: int) -> None:
-        if isinstance(part, Tokens):
-            value, kind, into = torch.as_tensor(part.ids, dtype=torch.int32), _TOKENS, self.ids
-        elif isinstance(part, Audio):
-            assert part.bins is not None  # a transcript has no other sound
-            value, kind, into = part.bins.to(torch.uint8), _AUDIO, self.bins
-        else:
-            assert part.patches is not None
-            value, kind, into = part.patches.float(), _IMAGE, self.patches
-        into.append(value)
-        self.pieces.append((kind, len(value), block))
-        self.num_bytes += value.nbytes
-
-    def tensors(self) -> dict[str, Tensor]:
-        named = {"ids": self.ids, "bins": self.bins, "patches": self.patches}
-        return {
-            **{name: torch.cat(parts) for name, parts in named.items() if parts},
-            "targets": torch.cat(self.targets),
-            "streams": torch.cat(self.streams),
-            "pieces": torch.tensor(self.pieces, dtype=torch.int32),
-            "num_pieces": torch.tensor(self.num_pieces, dtype=torch.int32),
+    def write(self, file: Path, facts: Mapping[str, str] | None = None) -> Path:
+        """To ``file``, whole or not at all."""
+        tensors = {
+            **{name: torch.cat(parts) for name, parts in self._parts.items()},
+            "pieces": torch.tensor(self._pieces, dtype=torch.int32),
+            "num_pieces": torch.tensor(self._num_pieces, dtype=torch.int32),
             "lengths": torch.tensor(self.lengths, dtype=torch.int32),
         }
+        metadata = {**(facts or {}), "format": _FORMAT, "version": str(_VERSION)}
+        with replaced_file(file) as partial:
+            try:
+                save_file(tensors, partial, metadata=metadata)
+            except SafetensorError as error:
+                raise OSError(f"data: {file} cannot be written: {error}") from error
+        return file
 
+    def _add_part(self, part: Segment) -> tuple[int, int]:
+        if isinstance(part, Tokens):
+            self._add("ids", torch.as_tensor(part.ids).to(self._id_dtype))
+            return _TOKENS, len(part.ids)
+        if isinstance(part, Audio):
+            assert part.bins is not None  # a transcript has no other sound
+            self._add("bins", _packed_levels(part.bins, self._config))
+            return _AUDIO, len(part.bins)
+        assert part.patches is not None
+        packed = None if self._quality is None else pack_picture(part.patches, self._quality)
+        if packed is None:
+            self._add("patches", part.patches.float())
+            return _PATCHES, len(part.patches)
+        self._add("jpeg", torch.from_numpy(np.frombuffer(packed.jpeg, np.uint8).copy()))
+        self._add("jpeg_len", torch.tensor([len(packed.jpeg)], dtype=torch.int32))
+        self._add("seen", torch.from_numpy(packed.seen))
+        return _PICTURE, len(packed.seen)
 
-def _write(root: Path, index: int, shard: _Shard) -> dict[str, Any]:
-    name = f"shard-{index:05}.safetensors"
-    with replaced_file(root / name) as file:
-        metadata = {"format": _FORMAT, "version": str(_VERSION)}
-        try:
-            save_file(shard.tensors(), file, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(f"data: {root / name} cannot be written: {error}") from error
-    file = root / name
-    return {
-        "name": name,
-        "bytes": file.stat().st_size,
-        "sha256": file_digest(file),
-        "lengths": shard.lengths,
-    }
+    def _add(self, name: str, value: Tensor) -> None:
+        self._parts.setdefault(name, []).append(value)
+        self.num_bytes += value.nbytes
 
 
 class _ShardView:
     """One mapped shard, cut into transcripts; of the data only what is asked for is read."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, config: ModelConfig) -> None:
+        self._config = config
         try:
             self._file = cast(Any, safe_open)(file, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -250,18 +306,21 @@ class _ShardView:
         self._ends = _ends(self._file.get_tensor("lengths"))
         # Where each piece begins among those of its kind.
         self._starts = torch.zeros(len(pieces), dtype=torch.int64)
-        for kind in range(3):
+        for kind in range(4):
             is_kind = pieces[:, 0] == kind
             lengths = pieces[is_kind, 1]
             self._starts[is_kind] = lengths.cumsum(0) - lengths
+        is_picture = pieces[:, 0] == _PICTURE
+        self._num_pictures = _ends(is_picture)  # before each piece
+        has_pictures = bool(is_picture.any())
+        self._jpeg_ends = _ends(self._file.get_tensor("jpeg_len")) if has_pictures else []
 
     def transcript(self, row: int) -> Transcript:
         segments: list[Segment | Block] = []
         open_block = -1
         for index in range(self._piece_ends[row], self._piece_ends[row + 1]):
-            kind, length, block = self._pieces[index]
-            start = int(self._starts[index])
-            part = self._part(kind, slice(start, start + length))
+            block = self._pieces[index][2]
+            part = self._part(index)
             if block < 0:
                 segments.append(part)
             elif block == open_block:
@@ -274,16 +333,46 @@ class _ShardView:
         own = slice(self._ends[row], self._ends[row + 1])
         return Transcript(segments, self._rows("targets", own).long(), self._rows("streams", own))
 
-    def _part(self, kind: int, rows: slice) -> Segment:
+    def _part(self, index: int) -> Segment:
+        kind, length, _ = self._pieces[index]
+        start = int(self._starts[index])
+        rows = slice(start, start + length)
         if kind == _TOKENS:
             return Tokens(self._rows("ids", rows).long())
         if kind == _AUDIO:
-            return Audio(bins=self._rows("bins", rows).int())
-        return Image(patches=self._rows("patches", rows))
+            return Audio(bins=_levels(self._rows("bins", rows), self._config))
+        if kind == _PATCHES:
+            return Image(patches=self._rows("patches", rows))
+        number = self._num_pictures[index]
+        own = slice(self._jpeg_ends[number], self._jpeg_ends[number + 1])
+        jpeg = self._rows("jpeg", own).numpy().tobytes()
+        packed = PackedPicture(jpeg, self._rows("seen", rows).numpy())
+        assert self._config.vision is not None  # the reader compared what the model has
+        return Image(patches=unpack_picture(packed, self._config.vision.patch_size))
 
     def _rows(self, name: str, rows: slice) -> Tensor:
         value: Tensor = self._file.get_slice(name)[rows]
         return value
+
+
+def _packed_levels(bins_FM: Tensor, config: ModelConfig) -> Tensor:
+    """Uint8 [F, M / 2] or [F, M]."""
+    levels_FM = bins_FM.to(torch.uint8)
+    if not _has_packed_levels(config):
+        return levels_FM
+    return levels_FM[:, 0::2] | levels_FM[:, 1::2] << 4
+
+
+def _levels(stored: Tensor, config: ModelConfig) -> Tensor:
+    """Int32 [F, M]."""
+    if not _has_packed_levels(config):
+        return stored.int()
+    return torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1).int()
+
+
+def _has_packed_levels(config: ModelConfig) -> bool:
+    audio = config.audio
+    return audio is not None and audio.num_levels <= _PACKED_LEVELS and not audio.num_mel_bins % 2
 
 
 def _ends(counts: Tensor) -> list[int]:

@@ -1,0 +1,90 @@
+"""``tml-core data build``: interactions made into a dataset, with a bar of how far it is."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Scripted interactions with exact labels.")
+
+
+@app.callback()
+def _group() -> None:
+    """Keep ``build`` a word of its own."""
+
+
+@app.command("build")
+def build_command(
+    out: Annotated[Path, typer.Argument(help="A folder, new or of an interrupted build.")],
+    hours: Annotated[float | None, typer.Option(help="At least so many hours.")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Or so many interactions.")] = None,
+    split: Annotated[str, typer.Option(help="train or held_out.")] = "train",
+    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    model: Annotated[
+        str, typer.Option(help="nano or a directory: its config and tokenizer.")
+    ] = "nano",
+    tasks: Annotated[str | None, typer.Option(help="Names with commas; all by default.")] = None,
+    engines: Annotated[
+        str | None, typer.Option(help="Speech engines with commas; all that are here by default.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where to keep what engines say.")] = None,
+) -> None:
+    """Make a dataset for `tml-core train`, or go on with one that was interrupted."""
+    from tml_core.data import SPLITS, build
+    from tml_core.errors import InvalidArgument
+
+    if split not in SPLITS:
+        raise InvalidArgument(f"split: expected one of {list(SPLITS)}, got {split!r}")
+    console = Console(highlight=False)
+    bar = Progress(
+        TextColumn("data"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[hours]:.2f} h"),
+        TextColumn("{task.fields[speed]:.0f} x real time"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    start: list[tuple[float, float]] = []  # time and seconds of data when the first shard was there
+    with bar:
+        task = bar.add_task("data", total=1.0, hours=0.0, speed=0.0)
+
+        def show(share: float, seconds: float) -> None:
+            if not start:
+                start.append((time.monotonic(), seconds))
+            passed = time.monotonic() - start[0][0]
+            speed = (seconds - start[0][1]) / passed if passed > 0.5 else 0.0
+            bar.update(task, completed=share, hours=seconds / 3600.0, speed=speed)
+
+        report = build(
+            out,
+            model,
+            seed=seed,
+            split=split,
+            num=num,
+            hours=hours,
+            workers=workers,
+            tasks=None if tasks is None else tasks.split(","),
+            engines=None if engines is None else engines.split(","),
+            cache=cache,
+            progress=show,
+        )
+    console.print(
+        f"{report.num_interactions} interactions, {report.seconds / 3600:.2f} h, "
+        f"{report.num_bytes / 1e6:.1f} MB; {report.num_made} made now: {out}",
+        soft_wrap=True,
+    )
