@@ -38,6 +38,14 @@ def test_a_file_is_read_with_paths_beside_it(tmp_path: Path) -> None:
     assert config.loss.silence == 0.0 and type(config.loss.silence) is float
     assert config.optimizer == OptimizerConfig()
     assert TrainConfig.from_dict(config.to_dict()) == config
+    several = TrainConfig.from_toml(
+        write(tmp_path, GOOD.replace('"packed"', '["a", "/b"]\nweights = [1, 0.5]\n'))
+    )
+    assert several.data.paths == (str(tmp_path / "a"), "/b")
+    assert several.data.weights == (1.0, 0.5) and config.data.paths == (config.data.path,)
+    assert TrainConfig.from_dict(several.to_dict()) == several
+    watched = TrainConfig.from_toml(write(tmp_path, GOOD + '[eval]\npath = "held_out"\n'))
+    assert watched.eval.path == str(tmp_path / "held_out") and config.eval.path == ""
     nano = TrainConfig.from_toml(write(tmp_path, GOOD.replace('"start"', '"nano"')))
     assert nano.model.path == "nano"
 
@@ -58,6 +66,14 @@ def test_a_file_is_read_with_paths_beside_it(tmp_path: Path) -> None:
         ("[loss]", "[optimizer]\nbeta1 = 1.0\n[loss]", "optimizer.beta1: expected 0 to below 1"),
         ('path = "start"', 'device = "tpu"\npath = "x"', "model.device: expected cpu or cuda, got"),
         ("[loss]", "[loss", "cannot be read"),
+        ('"packed"', "[]", "data.path: expected at least one path, got an empty list"),
+        ('"packed"', '["a", 3]', r"data.path\[1\]: expected a string, got 3"),
+        ('"packed"', "3", "data.path: expected a string, got 3"),
+        ('"packed"', '"a"\nweights = 2.0', "data.weights: expected a list of numbers, got 2.0"),
+        ('"packed"', '"a"\nweights = [1, 2]', "data.weights: expected 1, one for each path, got 2"),
+        ('"packed"', '"a"\nweights = [0]', r"data.weights: .* above 0, got \[0.0\]"),
+        ('"packed"', '"a"\nbuffer = 0', "data.buffer: expected at least 1, got 0"),
+        ("[loss]", "[eval]\nevery = 0\n[loss]", "eval.every: expected at least 1, got 0"),
         ("[model]\n", "model = 3\n[other]\n", "config: expected tables|model must be a table"),
     ],
 )

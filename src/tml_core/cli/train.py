@@ -1,7 +1,7 @@
 """``tml-core train``: a run from a TOML file, with a bar of its progress."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,56 +18,96 @@ from rich.progress import (
 )
 
 from tml_core.errors import MissingExtra
-from tml_core.train.config import TrainConfig
-from tml_core.train.metrics import StepMetrics
-from tml_core.train.trainer import Trainer
+from tml_core.train.metrics import HeldOut, StepMetrics
+from tml_core.train.stages import Stage, plot_stages, read_stages
+from tml_core.train.trainer import Trainer, finished
 
 __all__ = ["run_train"]
 
 
 def run_train(path: Path, console: Console) -> Path:
-    """Begin or resume the run of ``path`` and show it; returns its newest checkpoint.
+    """Begin or resume the run of ``path``, stage by stage, and show it; returns its newest
+    checkpoint.
 
-    The first SIGINT or SIGTERM ends it after the step with a checkpoint. Raises what `Trainer`
-    raises.
+    The first SIGINT or SIGTERM ends it after the step with a checkpoint. Raises what `Trainer` and
+    `read_stages` raise.
     """
-    trainer = Trainer(TrainConfig.from_toml(path))
-    num_steps = trainer.config.run.num_steps
-    if trainer.skipped_shards:
-        console.print(f"left out, damaged: {', '.join(trainer.skipped_shards)}")
-    if trainer.step:
-        console.print(f"resuming after step {trainer.step}")
-    bar = Progress(
+    stages = read_stages(path)
+    checkpoint: Path | None = None
+    with _stop_requests() as requests:
+        for number, stage in enumerate(stages, start=1):
+            if len(stages) > 1:
+                console.rule(f"{stage.name}, {number} of {len(stages)}", align="left")
+            checkpoint = finished(stage.config)
+            if checkpoint is None:
+                checkpoint = _run_stage(stage, console, lambda: bool(requests))
+            console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
+            if len(stages) > 1:
+                _draw(lambda: plot_stages(stages), console)
+            if requests:
+                break
+    assert checkpoint is not None  # there is a stage
+    return checkpoint
+
+
+def _run_stage(stage: Stage, console: Console, should_stop: Callable[[], bool]) -> Path:
+    with Trainer(stage.config) as trainer:
+        num_steps = trainer.config.run.num_steps
+        if trainer.skipped_shards:
+            console.print(f"left out, damaged: {', '.join(trainer.skipped_shards)}")
+        if trainer.step:
+            console.print(f"resuming after step {trainer.step}")
+        last: list[StepMetrics] = []
+        held_out: list[HeldOut] = []
+        with _bar(console) as bar:
+            task = bar.add_task(
+                "train", total=num_steps, completed=trainer.step, loss=0.0, speed=0.0, held_out=""
+            )
+
+            def report(metrics: StepMetrics) -> None:
+                last[:] = [metrics]
+                speed = metrics.tokens_per_s
+                bar.update(task, completed=metrics.step, loss=metrics.loss, speed=speed)
+                if metrics.held_out is not None:
+                    held_out[:] = [metrics.held_out]
+                    bar.update(task, held_out=f"held out {metrics.held_out.loss:.4f}")
+
+            checkpoint = trainer.run(report, should_stop)
+        if last:
+            shown = _shown(last[0].loss, last[0].loss_by_stream)
+            console.print(f"step {last[0].step}: loss {shown}")
+        if held_out:
+            console.print(f"held out: loss {_shown(held_out[0].loss, held_out[0].loss_by_stream)}")
+        if trainer.step < num_steps:
+            console.print(f"stopped after step {trainer.step} of {num_steps}; run again to resume")
+        _draw(trainer.plot, console)
+    return checkpoint
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
         TextColumn("train"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[held_out]}"),
         TextColumn("{task.fields[speed]:.0f} tokens/s"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
     )
-    last: list[StepMetrics] = []
-    with bar, _stop_requests() as requests:
-        task = bar.add_task("train", total=num_steps, completed=trainer.step, loss=0.0, speed=0.0)
 
-        def report(metrics: StepMetrics) -> None:
-            last[:] = [metrics]
-            speed = metrics.tokens_per_s
-            bar.update(task, completed=metrics.step, loss=metrics.loss, speed=speed)
 
-        checkpoint = trainer.run(report, lambda: bool(requests))
-    if last:
-        streams = ", ".join(f"{name} {value:.4f}" for name, value in last[0].loss_by_stream.items())
-        console.print(f"step {last[0].step}: loss {last[0].loss:.4f} ({streams})")
-    if trainer.step < num_steps:
-        console.print(f"stopped after step {trainer.step} of {num_steps}; run again to resume")
-    console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
+def _shown(loss: float, by_stream: dict[str, float]) -> str:
+    streams = ", ".join(f"{name} {value:.4f}" for name, value in by_stream.items())
+    return f"{loss:.4f} ({streams})"
+
+
+def _draw(draw: Callable[[], None], console: Console) -> None:
     try:
-        trainer.plot()
+        draw()
     except MissingExtra as error:
         console.print(f"no loss.png: {error}", soft_wrap=True)
-    return checkpoint
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """What a training run is told: a TOML file, read into frozen dataclasses that refuse unknown keys.
 
     [model]     path, dtype, device, recompute, compile
-    [data]      path, batch_tokens, max_positions, seed, shuffle, skip_corrupt
+    [data]      path, weights, batch_tokens, max_positions, seed, shuffle, buffer, skip_corrupt
     [optimizer] kind, learning_rate, ..., clip_norm, accumulate, router_bias_rate
     [loss]      the weight of each stream
+    [eval]      path, every, num_batches
     [run]       folder, num_steps, save_every, keep, divergence_factor
 
 Relative paths are relative to the file.
@@ -24,6 +25,7 @@ from tml_core.layout.state import Stream
 
 __all__ = [
     "DataConfig",
+    "EvalConfig",
     "LossConfig",
     "ModelSource",
     "OptimizerConfig",
@@ -34,14 +36,19 @@ __all__ = [
 _DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _TYPE_NAMES: Final = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
+Paths = str | tuple[str, ...]
+Numbers = tuple[float, ...]
+_LISTS: Final[dict[Any, type]] = {Paths: str, Numbers: float}
+
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where training begins. ``path``: "nano" or a checkpoint directory; one whose config names an
-    ``init_seed`` needs no weights. ``dtype``: of the model that is trained and served; masters are
-    float32. ``recompute``: run layers again in the backward pass instead of keeping their parts.
-    ``compile``: trace the step with torch.compile. ``device``: "cpu", or a CUDA device, which runs
-    the references in plain torch; the same bits after a resume are promised on the CPU."""
+    """Where training begins. ``path``: "nano" or a checkpoint directory, also one of another run;
+    one whose config names an ``init_seed`` needs no weights. ``dtype``: of the model that is
+    trained and served; masters are float32. ``recompute``: run layers again in the backward pass
+    instead of keeping their parts. ``compile``: trace the step with torch.compile. ``device``:
+    "cpu", or a CUDA device, which runs the references in plain torch; the same bits after a resume
+    are promised on the CPU."""
 
     path: str
     dtype: str = "bfloat16"
@@ -64,20 +71,41 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """``path``: a folder of `write_shards`, or a ``.jsonl`` of `read_sessions`. ``batch_tokens``:
-    positions of one packed batch, which a longer transcript has alone. ``max_positions``: of one
-    transcript, 0 for the model's own limit. ``seed`` and the epoch decide the order; without
-    ``shuffle`` it is the data's own. ``skip_corrupt``: go on without a damaged shard."""
+    """``path``: a folder of `write_shards`, a ``.jsonl`` of `read_sessions`, or a list of those, of
+    which ``weights`` says how often each one's transcripts come in an epoch (1 each by default; of
+    one below 1 every epoch takes the next part). ``batch_tokens``: positions of one packed batch,
+    which a longer transcript has alone. ``max_positions``: of one transcript, 0 for the model's own
+    limit. ``seed`` and the epoch decide the order; without ``shuffle`` it is the data's own.
+    ``buffer``: transcripts of an endless stream that are held, shuffled and cut into batches
+    together. ``skip_corrupt``: go on without a damaged shard."""
 
-    path: str
+    path: Paths
+    weights: Numbers = ()
     batch_tokens: int = 4096
     max_positions: int = 0
     seed: int = 0
     shuffle: bool = True
+    buffer: int = 256
     skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("data", self, batch_tokens=1, max_positions=0, seed=0)
+        _at_least("data", self, batch_tokens=1, max_positions=0, seed=0, buffer=1)
+        if not self.paths:
+            raise InvalidArgument("data.path: expected at least one path, got an empty list")
+        if self.weights and len(self.weights) != len(self.paths):
+            raise InvalidArgument(
+                f"data.weights: expected {len(self.paths)}, one for each path, "
+                f"got {len(self.weights)}"
+            )
+        if any(weight <= 0 for weight in self.weights):
+            raise InvalidArgument(
+                f"data.weights: expected numbers above 0, got {list(self.weights)}"
+            )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of ``path``."""
+        return (self.path,) if isinstance(self.path, str) else self.path
 
 
 @dataclass(frozen=True)
@@ -143,11 +171,26 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """The loss on data that is not learned from, after each ``every`` steps and after the last one.
+    ``path``: as in `DataConfig`, empty for none. ``num_batches``: the first so many of the data's
+    own order, 0 for all; they have ``data.batch_tokens``."""
+
+    path: Paths = ""
+    every: int = 200
+    num_batches: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("eval", self, every=1, num_batches=0)
+
+
+@dataclass(frozen=True)
 class RunConfig:
-    """``folder``: takes checkpoints, ``metrics.jsonl`` and ``loss.png``; a run resumes from its
-    newest checkpoint. ``num_steps``: also the end of the cosine. ``save_every``: steps between
-    checkpoints, of which the newest ``keep`` and the best one stay. ``divergence_factor``: training
-    stops when the smoothed loss is above so many times its lowest, 0 for never."""
+    """``folder``: takes checkpoints, ``metrics.jsonl`` and ``loss.png``, for one trainer at a time;
+    a run resumes from its newest checkpoint. ``num_steps``: also the end of the cosine.
+    ``save_every``: steps between checkpoints, of which the newest ``keep`` and the best one stay.
+    ``divergence_factor``: training stops when the smoothed loss is above so many times its lowest,
+    0 for never."""
 
     folder: str
     num_steps: int
@@ -168,48 +211,68 @@ class TrainConfig:
     run: RunConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:
         """Read the file. Raises InvalidArgument naming an unknown, missing or wrong key."""
-        file = Path(path)
-        try:
-            raw = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InvalidArgument(f"config: {file} cannot be read: {error}") from error
-        config = cls.from_dict(raw)
-        base = file.parent
-
-        def resolved(value: str) -> str:
-            return str(base / value)
-
-        model = config.model.path
-        return cls(
-            model=replace(config.model, path=model if model == "nano" else resolved(model)),
-            data=replace(config.data, path=resolved(config.data.path)),
-            run=replace(config.run, folder=resolved(config.run.folder)),
-            optimizer=config.optimizer,
-            loss=config.loss,
-        )
+        return cls.from_dict(read_toml(path), Path(path).parent)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """The same from parsed values; paths are taken as they are."""
-        kinds: dict[str, type] = {
-            "model": ModelSource,
-            "data": DataConfig,
-            "run": RunConfig,
-            "optimizer": OptimizerConfig,
-            "loss": LossConfig,
-        }
+    def from_dict(cls, raw: Mapping[str, Any], base: Path | None = None) -> Self:
+        """The same from parsed values; paths are relative to ``base``, or taken as they are."""
         for name in raw:
-            if name not in kinds:
-                raise InvalidArgument(f"config: expected tables {sorted(kinds)}, got {name!r}")
-        return cls(**{name: _read(kind, name, raw.get(name, {})) for name, kind in kinds.items()})
+            if name not in TABLES:
+                raise InvalidArgument(f"config: expected tables {sorted(TABLES)}, got {name!r}")
+        config = cls(
+            **{name: _read(kind, name, raw.get(name, {})) for name, kind in TABLES.items()}
+        )
+        return config if base is None else config._resolved(base)
+
+    def _resolved(self, base: Path) -> Self:
+        def beside(value: Paths) -> Paths:
+            if isinstance(value, str):
+                return str(base / value) if value else value
+            return tuple(str(base / one) for one in value)
+
+        source = self.model.path
+        return replace(
+            self,
+            model=replace(self.model, path=source if source == "nano" else str(base / source)),
+            data=replace(self.data, path=beside(self.data.path)),
+            eval=replace(self.eval, path=beside(self.eval.path)),
+            run=replace(self.run, folder=str(base / self.run.folder)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As parsed from TOML, every default written out."""
         return asdict(self)
+
+
+TABLES: Final[dict[str, Any]] = {
+    "model": ModelSource,
+    "data": DataConfig,
+    "run": RunConfig,
+    "optimizer": OptimizerConfig,
+    "loss": LossConfig,
+    "eval": EvalConfig,
+}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Parse a file. Raises InvalidArgument if it cannot be read."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(f"config: {path} cannot be read: {error}") from error
+
+
+def default_of(key: str) -> Any:
+    """The default of ``table.key``, None where there is none or no such key."""
+    table, _, name = key.partition(".")
+    own = {one.name: one.default for one in fields(TABLES[table])} if table in TABLES else {}
+    default = own.get(name, MISSING)
+    return None if default is MISSING else default
 
 
 def _read(kind: type, table: str, raw: object) -> Any:
@@ -229,6 +292,11 @@ def _read(kind: type, table: str, raw: object) -> Any:
 
 
 def _typed(where: str, value: object, kind: Any) -> Any:
+    if kind in _LISTS and isinstance(value, list | tuple):
+        return tuple(_typed(f"{where}[{i}]", one, _LISTS[kind]) for i, one in enumerate(value))
+    if kind == Numbers:
+        raise InvalidArgument(f"{where}: expected a list of numbers, got {value!r}")
+    kind = str if kind == Paths else kind
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:

@@ -1,6 +1,7 @@
 """What a run reports: a line of JSON for each step, and a picture of the loss."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,23 @@ from typing import Any
 from tml_core.errors import MissingExtra
 from tml_core.train.files import replaced_file
 
-__all__ = ["MetricsFile", "StepMetrics"]
+__all__ = ["HeldOut", "MetricsFile", "StepMetrics", "plot_losses"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Of data that is not learned from. ``loss``, ``loss_by_stream``: as in `StepMetrics`."""
+
+    loss: float
+    loss_by_stream: dict[str, float]
 
 
 @dataclass(frozen=True)
 class StepMetrics:
     """One step. ``loss``: weighted mean in nats. ``loss_by_stream``: plain means.
     ``gradient_norm``: before clipping. ``max_expert_load``: visits of the busiest expert over the
-    mean, of the worst layer. ``num_tokens``: positions of the step. ``elapsed_s``: wall time."""
+    mean, of the worst layer. ``num_tokens``: positions of the step. ``elapsed_s``: wall time,
+    without that of ``held_out``, which is there after steps that evaluate."""
 
     step: int
     epoch: int
@@ -28,6 +38,7 @@ class StepMetrics:
     total_tokens: int
     elapsed_s: float
     tokens_per_s: float
+    held_out: HeldOut | None = None
 
 
 class MetricsFile:
@@ -59,31 +70,49 @@ class MetricsFile:
             file.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
 
     def plot(self) -> None:
-        """Draw the loss and that of each stream over the steps.
+        """Draw ``loss.png``. Raises MissingExtra without matplotlib."""
+        plot_losses(self.read(), self._picture)
 
-        Raises MissingExtra without matplotlib.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtra("plot: needs matplotlib; pip install 'tml_core[plot]'") from error
-        rows = self.read()
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        steps = [row["step"] for row in rows]
-        axes.plot(steps, [row["loss"] for row in rows], color="black", label="loss")
-        for name in sorted({name for row in rows for name in row["loss_by_stream"]}):
-            own = [row for row in rows if name in row["loss_by_stream"]]
+
+def plot_losses(
+    rows: Sequence[Mapping[str, Any]], file: Path, stages: Mapping[str, int] | None = None
+) -> None:
+    """Draw the loss of each stream over the steps, and with dashes that of data held out.
+
+    ``rows``: lines of a `MetricsFile`. ``stages``: names of stages and their first steps. Raises
+    MissingExtra without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("plot: needs matplotlib; pip install 'tml_core[plot]'") from error
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    held_out = [{**row["held_out"], "step": row["step"]} for row in rows if row.get("held_out")]
+    names = sorted({name for row in rows for name in row["loss_by_stream"]})
+    for number, name in enumerate(["", *names]):
+        color = "black" if not name else f"C{number - 1}"
+        for source, style in ((rows, "-"), (held_out, "--")):
+            own = [row for row in source if not name or name in row["loss_by_stream"]]
+            if not own:
+                continue
+            label = f"{name or 'loss'}{', held out' if source is held_out else ''}"
             axes.plot(
                 [row["step"] for row in own],
-                [row["loss_by_stream"][name] for row in own],
-                linewidth=0.8,
-                label=name,
+                [row["loss_by_stream"][name] if name else row["loss"] for row in own],
+                style,
+                color=color,
+                linewidth=0.8 if name else 1.5,
+                marker="." if source is held_out else None,
+                label=label,
             )
-        axes.set_xlabel("step")
-        axes.set_ylabel("nats per token")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        with replaced_file(self._picture) as file:
-            figure.savefig(file, format="png", dpi=120)
+    for name, step in (stages or {}).items():
+        axes.axvline(step, color="gray", linewidth=0.8, linestyle=":")
+        axes.annotate(name, (step, 0.98), xycoords=("data", "axes fraction"), va="top")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replaced_file(file) as picture:
+        figure.savefig(picture, format="png", dpi=120)

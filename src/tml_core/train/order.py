@@ -4,13 +4,16 @@ Legend: N transcripts.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tml_core.errors import InvalidArgument
 
-__all__ = ["BatchOrder", "epoch_order"]
+__all__ = ["BatchOrder", "cut", "epoch_order"]
+
+Item = TypeVar("Item")
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -26,11 +29,19 @@ class BatchOrder:
 
     Each epoch's order is cut into batches of at most ``batch_tokens`` positions; a longer
     transcript has a batch of its own. The last batch of an epoch may be small: every transcript
-    comes once an epoch. Raises InvalidArgument for no transcripts.
+    comes once an epoch. ``passes``: (count, weight) of the sources whose transcripts follow each
+    other in ``lengths``; each comes ``weight`` times an epoch instead, on the average exactly.
+    Raises InvalidArgument for no transcripts.
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_tokens: int, seed: int, *, shuffle: bool = True
+        self,
+        lengths: Sequence[int],
+        batch_tokens: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        passes: Sequence[tuple[int, float]] = (),
     ) -> None:
         if not lengths:
             raise InvalidArgument("data: expected at least one transcript, got none")
@@ -38,6 +49,7 @@ class BatchOrder:
         self._batch_tokens = batch_tokens
         self._seed = seed
         self._shuffle = shuffle
+        self._passes = passes or [(len(lengths), 1.0)]
 
     def batches(self, start: int = 0) -> Iterator[tuple[int, list[int]]]:
         """(epoch, transcripts) of every batch from number ``start`` on, without end."""
@@ -51,18 +63,35 @@ class BatchOrder:
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """The batches of one epoch."""
-        count = len(self._lengths)
-        order = epoch_order(count, self._seed, epoch) if self._shuffle else range(count)
-        batches: list[list[int]] = []
-        room = 0
-        for index in map(int, order):
-            length = self._lengths[index]
-            if not batches or length > room:
-                batches.append([])
-                room = self._batch_tokens
-            batches[-1].append(index)
-            room -= length
-        return batches
+        taken = self._taken(epoch)
+        if self._shuffle:
+            taken = np.sort(taken)[epoch_order(len(taken), self._seed, epoch)]
+        return cut(taken.tolist(), [self._lengths[i] for i in taken], self._batch_tokens)
+
+    def _taken(self, epoch: int) -> NDArray[np.int64]:
+        """The transcripts of an epoch: of each source the next ones of its own endless order."""
+        taken, first = [np.empty(0, np.int64)], 0
+        for count, weight in self._passes:
+            begin, end = (round(one * weight * count) for one in (epoch, epoch + 1))
+            places = np.arange(begin, end)
+            for turn in range(begin // count, -(-end // count)):
+                own = epoch_order(count, self._seed, turn) if self._shuffle else np.arange(count)
+                taken.append(first + own[places[places // count == turn] % count])
+            first += count
+        return np.concatenate(taken)
+
+
+def cut(items: Sequence[Item], lengths: Sequence[int], batch_tokens: int) -> list[list[Item]]:
+    """Items in order, in batches of at most ``batch_tokens``; a longer one is alone."""
+    batches: list[list[Item]] = []
+    room = 0
+    for item, length in zip(items, lengths, strict=True):
+        if not batches or length > room:
+            batches.append([])
+            room = batch_tokens
+        batches[-1].append(item)
+        room -= length
+    return batches
 
 
 def _mixed(values: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:

@@ -4,36 +4,33 @@ The state after a step is a function of the start, the data and the step number:
 stopped, killed or moved goes on with the same bits. docs/determinism.md says why.
 """
 
-import hashlib
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
 
 from tml_core.errors import CheckpointError, InvalidArgument, TmlError, Unsupported
-from tml_core.layout.state import Stream
 from tml_core.model.config import ModelConfig, bundled_path
-from tml_core.model.tokenizer import load_tokenizer
 from tml_core.model.weights import load_weights
-from tml_core.ops.linear_logp import IGNORED_TARGET
 from tml_core.ops.router import load_balance_counts, update_router_bias
 from tml_core.train.checkpoint import CheckpointFolder
-from tml_core.train.config import TrainConfig
-from tml_core.train.metrics import MetricsFile, StepMetrics
+from tml_core.train.config import TrainConfig, default_of
+from tml_core.train.feed import Draw, Place, TranscriptSource, open_feed
+from tml_core.train.loss import StreamLosses, position_weights, stream_weights, total_weight
+from tml_core.train.metrics import HeldOut, MetricsFile, StepMetrics
 from tml_core.train.module import ModelOutput, TrainableModel
 from tml_core.train.optimizer import Optimizer, clip_gradients
-from tml_core.train.order import BatchOrder
-from tml_core.train.packing import PackedBatch, Transcript
-from tml_core.train.sessions import read_sessions
-from tml_core.train.shards import ShardReader
+from tml_core.train.packing import PackedBatch
+from tml_core.train.run_lock import RunLock
 
-__all__ = ["Trainer", "TrainingStopped", "stream_weights"]
+__all__ = ["Trainer", "TrainingStopped", "finished"]
 
 _SMOOTHING: Final = 0.95  # of the loss that divergence is judged by
 _SETTLING: Final = 10  # steps before it is judged
@@ -43,6 +40,9 @@ _FREE: Final = frozenset(
     {
         "data.path",
         "data.skip_corrupt",
+        "eval.every",
+        "eval.num_batches",
+        "eval.path",
         "model.path",
         "model.recompute",
         "run.divergence_factor",
@@ -67,14 +67,18 @@ class _Progress:
     lowest_loss: float | None = None
     best_step: int | None = None
     best_loss: float | None = None
+    place: Place | None = None  # in a stream
+
+    def __post_init__(self) -> None:
+        if self.place is not None:  # a list, if it comes from a file
+            self.place = Place(*self.place)
 
 
 @dataclass
 class _Sums:
     """Of the batches of one step."""
 
-    loss: list[float] = field(default_factory=list)
-    by_stream: dict[Stream, list[float]] = field(default_factory=dict)
+    losses: StreamLosses = field(default_factory=StreamLosses)
     expert_counts: list[Tensor] = field(default_factory=list)
     num_tokens: int = 0
 
@@ -82,13 +86,18 @@ class _Sums:
 class Trainer:
     """A run, begun or resumed: ``config.run.folder`` with checkpoints goes on from the newest.
 
-    ``data``: transcripts, instead of those at ``config.data.path``. Raises InvalidArgument for
-    data the model cannot take, Unsupported for a device that is not there, CheckpointError for a
-    model, dataset or checkpoint that is missing or damaged, or for a checkpoint of a run that was
-    told something else, naming it.
+    ``data``: transcripts, instead of those at ``config.data.path``. A sequence is gone through in
+    epochs. Anything else is a stream without end, of which ``data.buffer`` transcripts are held at
+    a time: a function of a number that yields the transcripts from that one on, the same ones
+    whenever it is called; or a plain iterable, which a resumed run goes through from its beginning.
+
+    The folder is this trainer's until `close`, or until it or its process is gone. Raises
+    InvalidArgument for data the model cannot take, Unsupported for a device that is not there,
+    CheckpointError for a model, dataset or checkpoint that is missing or damaged, for a checkpoint
+    of a run that was told something else, naming it, and for a folder another trainer is in.
     """
 
-    def __init__(self, config: TrainConfig, data: Iterable[Transcript] | None = None) -> None:
+    def __init__(self, config: TrainConfig, data: TranscriptSource | None = None) -> None:
         self.config = config
         source = config.model
         self._device = torch.device(source.device)
@@ -99,21 +108,28 @@ class Trainer:
         self.model_config = replace(
             ModelConfig.from_path(self._directory), is_trained=True, init_seed=None
         )
-        self._data: Sequence[Transcript]
-        if data is None:
-            self._data = self._open_data()
-        else:
-            self._data = data if isinstance(data, Sequence) else list(data)
-        self._order = self._make_order()
+        self._feed = open_feed(config.data, self._directory, self.model_config, data)
+        self._held_out = self._open_held_out()
         self._folder = Path(config.run.folder)
+        self._lock = RunLock(self._folder)
+        try:
+            self._resume_or_begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _resume_or_begin(self) -> None:
+        config, source = self.config, self.config.model
         self._checkpoints = CheckpointFolder(self._folder / "checkpoints")
         self._metrics = MetricsFile(self._folder)
-        self._told = self._what_was_told()
+        # As it comes back from a file: tuples are lists there.
+        about = {"dataset": self._feed.fingerprint, "model": self.model_config.to_dict()}
+        self._told: dict[str, Any] = json.loads(json.dumps({**_told(config), **about}))
         self._progress = _Progress()
         steps = self._checkpoints.steps()
         checkpoint = self._checkpoints.load(steps[-1]) if steps else None
         if checkpoint is not None:
-            self._refuse_other(checkpoint.told)
+            _refuse_other(self._checkpoints, checkpoint.told, self._told)
             self._progress = _Progress(**checkpoint.progress)
         weights = load_weights(
             self._directory if checkpoint is None else checkpoint.path,
@@ -136,8 +152,8 @@ class Trainer:
                 dynamic=True,
                 options={"emulate_precision_casts": True},
             )
-        self._batches: Iterator[tuple[int, list[int]]] = self._order.batches(
-            self.step * config.optimizer.accumulate
+        self._draws: Iterator[Draw] = self._feed.draws(
+            self.step * config.optimizer.accumulate, self._progress.place
         )
         self._weights_S = stream_weights(config.loss.by_stream()).to(self._device)
 
@@ -149,7 +165,17 @@ class Trainer:
     @property
     def skipped_shards(self) -> tuple[str, ...]:
         """Names of damaged shards that are left out because ``data.skip_corrupt`` asks for it."""
-        return tuple(self._data.skipped) if isinstance(self._data, ShardReader) else ()
+        return self._feed.skipped
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the folder to others; for a trainer that takes no more steps."""
+        self._lock.release()
 
     def run(
         self,
@@ -179,10 +205,10 @@ class Trainer:
         """One optimizer step over the next ``accumulate`` batches."""
         start_s = time.perf_counter()
         options = self.config.optimizer
-        batches, epoch = self._next_batches()
+        batches, epoch, place = self._next_batches()
         sums = self._accumulate(batches)
         rate = options.rate_at(self.step, self.config.run.num_steps)
-        loss = math.fsum(sums.loss)
+        loss = sums.losses.mean()
         norm = clip_gradients(self.model.parameters(), options.clip_norm)
         self._stop_if_not_finite(loss, norm)
         self._optimizer.step(rate)
@@ -191,15 +217,13 @@ class Trainer:
         progress = self._progress
         progress.step += 1
         progress.num_tokens += sums.num_tokens
+        progress.place = place
         elapsed_s = time.perf_counter() - start_s
         metrics = StepMetrics(
             step=progress.step,
             epoch=epoch,
             loss=loss,
-            loss_by_stream={
-                stream.name.lower(): math.fsum(values) / len(values)
-                for stream, values in sorted(sums.by_stream.items())
-            },
+            loss_by_stream=sums.losses.means(),
             learning_rate=rate,
             gradient_norm=norm,
             max_expert_load=max_load,
@@ -207,10 +231,23 @@ class Trainer:
             total_tokens=progress.num_tokens,
             elapsed_s=elapsed_s,
             tokens_per_s=sums.num_tokens / elapsed_s,
+            held_out=self.evaluate() if self._is_eval_due() else None,
         )
         self._metrics.append(metrics)
         self._judge(loss)
         return metrics
+
+    def evaluate(self) -> HeldOut:
+        """The loss on ``eval.path``. Raises InvalidArgument if the run has none."""
+        if not self._held_out:
+            raise InvalidArgument("eval.path: expected data to evaluate on, got none")
+        weights = [position_weights(batch, self._weights_S) for batch in self._held_out]
+        total = total_weight(weights)
+        losses = StreamLosses()
+        with torch.no_grad():
+            for batch, weight_T in zip(self._held_out, weights, strict=True):
+                losses.add(batch, self._run_model(batch).logprobs, weight_T, total)
+        return HeldOut(losses.mean(), losses.means())
 
     def save(self) -> Path:
         """Write a checkpoint of this step. Raises TrainingStopped if a weight is no number."""
@@ -235,63 +272,40 @@ class Trainer:
         self._checkpoints.prune(self.config.run.keep, progress.best_step)
         return path
 
-    def _open_data(self) -> Sequence[Transcript]:
-        data = self.config.data
-        path = Path(data.path)
-        if path.suffix == ".jsonl":
-            tokenizer = load_tokenizer(self._directory)
-            return read_sessions(path, self.model_config, tokenizer)
-        return ShardReader(path, self.model_config, skip_corrupt=data.skip_corrupt)
+    def _open_held_out(self) -> list[PackedBatch]:
+        """The batches of ``eval``, packed once."""
+        options, data = self.config.eval, self.config.data
+        if not options.path:
+            return []
+        config = replace(data, path=options.path, weights=(), shuffle=False, skip_corrupt=False)
+        feed = open_feed(config, self._directory, self.model_config)
+        draws = itertools.takewhile(lambda draw: draw.epoch == 0, feed.draws(0, None))
+        taken = itertools.islice(draws, options.num_batches or None)
+        batches = [self._pack(draw) for draw in taken]
+        weights_S = stream_weights(self.config.loss.by_stream()).to(self._device)
+        if total_weight(position_weights(batch, weights_S) for batch in batches) == 0:
+            raise InvalidArgument("eval.path: expected a position with a loss, got none")
+        return batches
 
-    def _make_order(self) -> BatchOrder:
-        data, source = self.config.data, self._data
-        longest = data.max_positions or self.model_config.text.max_positions
-        if isinstance(source, ShardReader):
-            lengths = source.lengths
-        else:
-            lengths = [one.num_tokens for one in source]
-        for index, length in enumerate(lengths):
-            if not 1 <= length <= longest:
-                raise InvalidArgument(
-                    f"transcripts[{index}]: expected 1 to {longest} positions, got {length}"
-                )
-        return BatchOrder(lengths, data.batch_tokens, data.seed, shuffle=data.shuffle)
+    def _is_eval_due(self) -> bool:
+        is_last = self.step == self.config.run.num_steps
+        return bool(self._held_out) and (is_last or self.step % self.config.eval.every == 0)
 
-    def _what_was_told(self) -> dict[str, Any]:
-        """Everything that decides the bits, flat."""
-        tables = self.config.to_dict()
-        told = {f"{t}.{key}": value for t, table in tables.items() for key, value in table.items()}
-        kept = {key: value for key, value in told.items() if key not in _FREE}
-        source = self._data
-        data = source.fingerprint if isinstance(source, ShardReader) else _fingerprint(source)
-        told = {**kept, "dataset": data, "model": self.model_config.to_dict()}
-        # As it comes back from a file: tuples are lists there.
-        result: dict[str, Any] = json.loads(json.dumps(told))
-        return result
+    def _next_batches(self) -> tuple[list[PackedBatch], int, Place | None]:
+        """The batches of a step, the epoch of the last, and the place behind it in a stream."""
+        draws = list(itertools.islice(self._draws, self.config.optimizer.accumulate))
+        return [self._pack(draw) for draw in draws], draws[-1].epoch, draws[-1].next_place
 
-    def _refuse_other(self, told: dict[str, Any]) -> None:
-        for name in sorted(self._told.keys() | told.keys()):
-            own, other = self._told.get(name), told.get(name)
-            if own != other:
-                raise CheckpointError(
-                    f"resume: the checkpoint in {self._checkpoints.root} was made with "
-                    f"{name} = {other!r}, this run has {own!r}; take another run.folder"
-                )
-
-    def _next_batches(self) -> tuple[list[PackedBatch], int]:
-        batches, epoch = [], 0
+    def _pack(self, draw: Draw) -> PackedBatch:
         longest = self.config.data.max_positions or None
-        for _ in range(self.config.optimizer.accumulate):
-            epoch, indices = next(self._batches)
-            transcripts = [self._data[index] for index in indices]
-            batch = PackedBatch.pack(transcripts, self.model_config, max_positions=longest)
-            batches.append(batch.to(self._device))
-        return batches, epoch
+        config = self.model_config
+        batch = PackedBatch.pack(draw.transcripts, config, max_positions=longest)
+        return batch.to(self._device)
 
     def _accumulate(self, batches: list[PackedBatch]) -> _Sums:
         """Gradients of the weighted mean over all positions of ``batches``, and what was seen."""
-        weights = [_position_weights(batch, self._weights_S) for batch in batches]
-        total = math.fsum(value for one in weights for value in one.tolist())
+        weights = [position_weights(batch, self._weights_S) for batch in batches]
+        total = total_weight(weights)
         if total == 0:
             raise InvalidArgument(
                 f"data: expected a position with a loss in step {self.step}, got none; "
@@ -301,9 +315,7 @@ class Trainer:
         for batch, weight_T in zip(batches, weights, strict=True):
             out = self._run_model(batch)
             out.logprobs.backward(weight_T / -total)
-            loss_T = -out.logprobs.detach()
-            sums.loss += (loss_T.double() * weight_T.double() / total).tolist()
-            self._add_streams(sums, batch, loss_T)
+            sums.losses.add(batch, out.logprobs, weight_T, total)
             counts = [
                 load_balance_counts(ids, self.model_config.text.num_experts)
                 for ids in out.expert_ids
@@ -312,13 +324,6 @@ class Trainer:
             sums.expert_counts = [a + b for a, b in zip(before, counts, strict=True)]
             sums.num_tokens += batch.num_tokens
         return sums
-
-    def _add_streams(self, sums: _Sums, batch: PackedBatch, loss_T: Tensor) -> None:
-        is_target = batch.targets != IGNORED_TARGET
-        for stream in Stream:
-            values = loss_T[is_target & (batch.streams == int(stream))]
-            if len(values):
-                sums.by_stream.setdefault(stream, []).extend(values.tolist())
 
     def _balance(self, counts: list[Tensor], rate: float) -> float | None:
         """Move the choice biases; the most visits of an expert over the mean, None without any."""
@@ -361,20 +366,37 @@ class Trainer:
         return f"the last checkpoint before it is {self._checkpoints.path(steps[-1])}"
 
 
-def stream_weights(by_stream: dict[Stream, float]) -> Tensor:
-    """float32 [number of streams], to be indexed by ``PackedBatch.streams``."""
-    return torch.tensor([by_stream[stream] for stream in Stream], dtype=torch.float32)
+def finished(config: TrainConfig) -> Path | None:
+    """The last checkpoint of a run that is over, without looking at its data or model; else None.
+
+    Raises CheckpointError if it is damaged or the run was told something else, naming it.
+    """
+    checkpoints = CheckpointFolder(Path(config.run.folder) / "checkpoints")
+    steps = checkpoints.steps()
+    if not steps or steps[-1] < config.run.num_steps:
+        return None
+    checkpoint = checkpoints.load(steps[-1])
+    theirs = {name: value for name, value in checkpoint.told.items() if "." in name}
+    _refuse_other(checkpoints, theirs, json.loads(json.dumps(_told(config))))
+    return checkpoint.path
 
 
-def _fingerprint(transcripts: Sequence[Transcript]) -> str:
-    """Of what is learned: labels and streams."""
-    digest = hashlib.sha256()
-    for one in transcripts:
-        digest.update(one.targets.numpy().tobytes() + one.streams.numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _told(config: TrainConfig) -> dict[str, Any]:
+    """Every setting that decides the bits, flat."""
+    tables = config.to_dict()
+    told = {f"{t}.{key}": value for t, table in tables.items() for key, value in table.items()}
+    return {key: value for key, value in told.items() if key not in _FREE}
 
 
-def _position_weights(batch: PackedBatch, weights_S: Tensor) -> Tensor:
-    """float32 [T], 0 where there is no target."""
-    weight_T = weights_S[batch.streams.long()]
-    return torch.where(batch.targets == IGNORED_TARGET, 0.0, weight_T)
+def _refuse_other(
+    checkpoints: CheckpointFolder, theirs: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    for name in sorted(ours.keys() | theirs.keys()):
+        own = ours.get(name)
+        # A setting that came into the world after the checkpoint had its default.
+        other = theirs.get(name, json.loads(json.dumps(default_of(name))))
+        if own != other:
+            raise CheckpointError(
+                f"resume: the checkpoint in {checkpoints.root} was made with "
+                f"{name} = {other!r}, this run has {own!r}; take another run.folder"
+            )
