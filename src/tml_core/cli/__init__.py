@@ -1,4 +1,4 @@
-"""The command line: ``tml-core run``, ``info``, ``train``, ``data``, ``align`` and ``load``.
+"""The command line: ``tml-core run``, ``info``, ``train``, ``data``, ``align``, ``load``, ``eval``.
 
 What goes wrong on purpose is one line on stderr and exit code 2, never a traceback.
 """
@@ -178,6 +178,50 @@ def load(
     )
     options = LoadOptions(spec, model, dtype, video, capacity, json, plot)
     run_load_command(options, Console(highlight=False))
+
+
+@app.command(name="eval")
+def evaluate(
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="Suites by name, or all.", show_default="all")
+    ] = None,
+    model: _Model = "nano",
+    items: Annotated[int, typer.Option(min=1, help="Interactions of each task.")] = 100,
+    split: Annotated[
+        str, typer.Option(help="held_out to measure; train, with another seed, to choose by.")
+    ] = "held_out",
+    seed: Annotated[int, typer.Option(min=0, help="Of the interactions.")] = 0,
+    baselines: Annotated[
+        str, typer.Option(help="silent, no-clock, with commas between; all or none.")
+    ] = "silent",
+    sessions: Annotated[int, typer.Option(min=1, help="Played at a time.")] = 16,
+    dtype: _Dtype = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="A folder for the results.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as Markdown.")
+    ] = False,
+) -> None:
+    """Measure what a model does in time: suites of interactions it has never met.
+
+    Most likely tokens, live sessions, as fast as the machine goes.
+    """
+    from tml_core.cli.eval import BASELINES, EvalOptions, as_split, run_eval
+
+    every = {"all": tuple(BASELINES), "none": ()}
+    names = every.get(baselines, tuple(one for one in baselines.split(",") if one))
+    options = EvalOptions(
+        suites=tuple(suites or ["all"]),
+        model=model,
+        num_items=items,
+        seed=seed,
+        split=as_split(split),
+        baselines=names,
+        num_sessions=sessions,
+        dtype=dtype,
+        out=out,
+        is_markdown=markdown,
+    )
+    run_eval(options, Console(highlight=False))
 
 
 def main() -> None:

@@ -1,0 +1,200 @@
+"""``tml-core eval``: suites of held-out interactions, a model beside its baselines."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from tml_core.data import SpeechBank, cache_folder
+from tml_core.data.bank import SPLITS, Split
+from tml_core.engine.model import Model, load_model
+from tml_core.errors import InvalidArgument
+from tml_core.evals import SUITES, ModelPlayer, Player, Report, Score, SilentPlayer, evaluate
+from tml_core.evals.suites import chosen_suites
+
+__all__ = ["BASELINES", "EvalOptions", "as_split", "run_eval"]
+
+_QUIET, _GOOD, _BAD = "grey62", "spring_green3", "red1"
+
+# Name, and who that is, given the model.
+BASELINES: Final[dict[str, Callable[[Model, int], Player]]] = {
+    "silent": lambda _model, _sessions: SilentPlayer(),
+    "no-clock": lambda model, sessions: ModelPlayer(
+        model, name="no-clock", num_sessions=sessions, has_clock=False
+    ),
+}
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Which suites of what model, beside which of `BASELINES`. ``out``: a folder for a JSON a
+    player. ``is_markdown``: print the table as Markdown, and nothing else."""
+
+    suites: tuple[str, ...] = ("all",)
+    model: str = "nano"
+    num_items: int = 100
+    seed: int = 0
+    split: Split = "held_out"
+    baselines: tuple[str, ...] = ("silent",)
+    num_sessions: int = 16
+    dtype: str = "bfloat16"
+    out: Path | None = None
+    is_markdown: bool = False
+
+
+def as_split(name: str) -> Split:
+    """A split by name. Raises InvalidArgument for another one."""
+    for split in SPLITS:
+        if split == name:
+            return split
+    raise InvalidArgument(f"split: expected one of {list(SPLITS)}, got {name!r}")
+
+
+def run_eval(options: EvalOptions, console: Console) -> list[Report]:
+    """Play, show the table, write what was asked for; the model's report first.
+
+    Raises what `load_model`, `evaluate` and `SpeechBank` raise, InvalidArgument for an unknown
+    suite or baseline or a folder that cannot be made.
+    """
+    suites = chosen_suites(options.suites)
+    for name in options.baselines:
+        if name not in BASELINES:
+            raise InvalidArgument(f"baselines: expected some of {list(BASELINES)}, got {name!r}")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+    model = load_model(options.model, dtype=options.dtype, max_sequences=options.num_sessions)
+    players: list[Player] = [
+        ModelPlayer(model, name=Path(options.model).name, num_sessions=options.num_sessions)
+    ]
+    players += [BASELINES[name](model, options.num_sessions) for name in options.baselines]
+    reports = []
+    with SpeechBank(cache=cache_folder()) as bank:
+        for player in players:
+            with _bar(console, player.name) as watch:
+                report = evaluate(
+                    player,
+                    [suite.name for suite in suites],
+                    options.num_items,
+                    options.seed,
+                    split=options.split,
+                    bank=bank,
+                    watch=watch,
+                )
+            reports.append(report)
+            if options.out is not None:
+                report.write(options.out / f"{player.name}.json")
+    if options.is_markdown:
+        console.print(markdown(reports), markup=False, soft_wrap=True)
+    else:
+        console.print(_view(reports, model), soft_wrap=True)
+    return reports
+
+
+def markdown(reports: Sequence[Report]) -> str:
+    """The table as Markdown: a suite a row, a player a column."""
+    names = [one.player for one in reports]
+    lines = [
+        "| suite | " + " | ".join(names) + " | aim |",
+        "| --- |" + " ---: |" * (len(names) + 1),
+    ]
+    for name in reports[0].scores:
+        suite = SUITES[name]
+        cells = [_cell(name, one.scores[name]) for one in reports]
+        lines.append(f"| {name}: {suite.title} | " + " | ".join(cells) + f" | {_aim(name)} |")
+    return "\n".join([*lines, "", _footnote(reports[0])])
+
+
+def _view(reports: Sequence[Report], model: Model) -> RenderableType:
+    table = Table("suite", "what", header_style=_QUIET, box=None, pad_edge=False, padding=(0, 2))
+    for one in reports:
+        table.add_column(one.player, justify="right")
+    table.add_column("aim", justify="right", style=_QUIET)
+    for name, score in reports[0].scores.items():
+        suite = SUITES[name]
+        reached = suite.reaches(score.value)
+        style = "" if reached is None else _GOOD if reached else _BAD
+        cells = [Text(_cell(name, score), style=style)]
+        cells += [Text(_cell(name, one.scores[name])) for one in reports[1:]]
+        table.add_row(name, Text(suite.title, style=_QUIET), *cells, _aim(name))
+    parts: list[RenderableType] = [table, Text(), _details(reports[0]), Text()]
+    parts += [Text(_footnote(reports[0]), style=_QUIET)]
+    parts += [
+        Text(
+            f"{one.player}: {one.items_per_s:.1f} items/s, {one.times_real_time:.0f} x real time",
+            style=_QUIET,
+        )
+        for one in reports
+    ]
+    if not model.is_trained:
+        parts.append(Text("This model is untrained: what it says is noise.", style=_BAD))
+    return Group(*parts)
+
+
+def _details(report: Report) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style=_QUIET)
+    grid.add_column(style=_QUIET)
+    for name, score in report.scores.items():
+        suite = SUITES[name]
+        told = [f"{what} {value:.2f}" for what, value in score.extras.items()]
+        told += [f"{what}: {suite.show(value)} of {num}" for what, (value, num) in _named(score)]
+        if told:
+            grid.add_row(name, ", ".join(told))
+    return grid
+
+
+def _named(score: Score) -> Iterator[tuple[str, tuple[float, int]]]:
+    return ((name or "all", pair) for name, pair in score.groups.items())
+
+
+def _cell(name: str, score: Score) -> str:
+    suite = SUITES[name]
+    if score.value is None or score.low is None or score.high is None:
+        return "none"
+    low, high = (suite.show(value).split()[0].rstrip("%") for value in (score.low, score.high))
+    return f"{suite.show(score.value)} [{low}, {high}]"
+
+
+def _aim(name: str) -> str:
+    suite = SUITES[name]
+    if suite.aim is None:
+        return ""
+    return f"{'≤' if suite.is_lower_better else '≥'} {suite.show(suite.aim)}"
+
+
+def _footnote(report: Report) -> str:
+    return (
+        f"{report.num_items} items a task, split {report.split}, seed {report.seed}, "
+        f"voices of {', '.join(report.engines)}; intervals of 95 %."
+    )
+
+
+@contextmanager
+def _bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of items; nothing where the console is no terminal."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

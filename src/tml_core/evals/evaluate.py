@@ -1,0 +1,96 @@
+"""Play held-out interactions and score what was done."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tml_core.data import SpeechBank, cache_folder
+from tml_core.data.bank import SPLITS, Split
+from tml_core.engine.model import Model, load_model
+from tml_core.errors import InvalidArgument
+from tml_core.evals.item import Item, make_items
+from tml_core.evals.played import Played
+from tml_core.evals.player import ModelPlayer, Player
+from tml_core.evals.report import Record, Report
+from tml_core.evals.suite import Suite
+from tml_core.evals.suites import chosen_suites, tasks_of
+from tml_core.media.micro_turns import TICK_MS
+
+__all__ = ["NUM_SESSIONS", "evaluate"]
+
+NUM_SESSIONS = 16  # of a model that is loaded here
+
+
+def evaluate(
+    player: Player | Model | str | Path,
+    suites: str | Sequence[str] = "all",
+    num_items: int = 100,
+    seed: int = 0,
+    *,
+    split: Split = "held_out",
+    bank: SpeechBank | None = None,
+    watch: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Play the first ``num_items`` interactions of each task that the suites need, and score them.
+
+    ``player``: a model, a checkpoint directory or "nano", which then runs in live sessions at
+    temperature 0, or any `Player`. An item that several suites want is played once. ``seed``: of
+    the interactions; choose models with ``split="train"`` and a seed that training does not use,
+    never by "held_out". ``bank``: who speaks; all engines of this machine by default. ``watch`` is
+    told (items done, items in all).
+
+    Raises InvalidArgument for an unknown suite or split or no items, and what `load_model` raises.
+    """
+    if num_items < 1:
+        raise InvalidArgument(f"num_items: expected at least 1, got {num_items}")
+    if split not in SPLITS:
+        raise InvalidArgument(f"split: expected one of {list(SPLITS)}, got {split!r}")
+    wanted = chosen_suites(suites if isinstance(suites, str) else tuple(suites))
+    if bank is None:
+        with SpeechBank(cache=cache_folder()) as own:
+            return evaluate(player, suites, num_items, seed, split=split, bank=own, watch=watch)
+    if isinstance(player, (str, Path)):
+        loaded = load_model(player, max_sequences=NUM_SESSIONS)
+        player = ModelPlayer(loaded, name=Path(player).name)
+    elif isinstance(player, Model):
+        player = ModelPlayer(player)
+    tasks = list(dict.fromkeys(task for suite in wanted for task in tasks_of(suite)))
+    begun_s = time.perf_counter()
+    num_all = len(tasks) * num_items
+    done: list[tuple[Item, Played]] = []
+    for item, played in player.play(make_items(seed, split, tasks, num_items, bank)):
+        done.append((item, played))
+        if watch is not None:
+            watch(len(done), num_all)
+    done.sort(key=lambda pair: (tasks.index(pair[0].task), pair[0].index))
+    records = [_record(item, played, wanted) for item, played in done]
+    scores = {
+        suite.name: suite.score(
+            [one.marks[suite.name] for one in records if suite.name in one.marks], seed
+        )
+        for suite in wanted
+    }
+    return Report(
+        player=player.name,
+        split=split,
+        seed=seed,
+        num_items=num_items,
+        engines=bank.engines,
+        scores=scores,
+        records=tuple(records),
+        wall_s=time.perf_counter() - begun_s,
+        media_s=sum(item.script.num_ticks for item, _ in done) * TICK_MS / 1000,
+    )
+
+
+def _record(item: Item, played: Played, suites: Sequence[Suite]) -> Record:
+    marks = {suite.name: suite.mark(item, played) for suite in suites if item.task in suite.tasks}
+    voice = item.script.spoken[0].voice if item.script.spoken else None
+    return Record(
+        key=item.key,
+        phrasing=item.script.phrasing,
+        voice="" if voice is None else f"{voice.engine}/{voice.name}",
+        said=tuple((tick, text) for tick, text in enumerate(played.texts) if text),
+        expected=tuple((one.tick, one.text) for one in item.expected),
+        marks=marks,
+    )
