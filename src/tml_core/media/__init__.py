@@ -1,6 +1,7 @@
 """Sound and pictures to what a model takes, and back to files; no model code.
 
-PCM to dMel levels (dmel), pictures to patches (patches), files (audio_file, video_file), 200 ms
+PCM to dMel levels (dmel) and to the finer frames a model speaks in (mel), those back to PCM
+(vocoder), pictures to patches (patches), files (audio_file, video_file), 200 ms
 pieces (micro_turns), the pieces of a sequence (segments), bundled clips (clips).
 """
 
@@ -13,10 +14,12 @@ from tml_core.media.audio_file import (
 )
 from tml_core.media.clips import Clips, clips
 from tml_core.media.dmel import DmelConfig, DmelState, DmelStream, dmel_bins
+from tml_core.media.mel import Mel, MelConfig, MelState, MelStream, dmel_of_mel, mel_frames
 from tml_core.media.micro_turns import TICK_MS, TICK_SAMPLES, MicroTurn, micro_turns
 from tml_core.media.patches import PATCH_SIZE, image_patches, num_patches
 from tml_core.media.segments import Audio, Block, Image, Segment, Tokens
 from tml_core.media.video_file import DEFAULT_MAX_EDGE, VideoReader, fit_frame
+from tml_core.media.vocoder import GriffinLim, Vocoder, VocoderState
 
 __all__ = [
     "DEFAULT_MAX_EDGE",
@@ -30,16 +33,25 @@ __all__ = [
     "DmelConfig",
     "DmelState",
     "DmelStream",
+    "GriffinLim",
     "Image",
+    "Mel",
+    "MelConfig",
+    "MelState",
+    "MelStream",
     "MicroTurn",
     "Segment",
     "Tokens",
     "VideoReader",
+    "Vocoder",
+    "VocoderState",
     "audio_blocks",
     "clips",
     "dmel_bins",
+    "dmel_of_mel",
     "fit_frame",
     "image_patches",
+    "mel_frames",
     "micro_turns",
     "num_patches",
     "read_audio",

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from tml_core.errors import InvalidArgument, InvalidType
 from tml_core.media._checks import Pcm, pcm_array, positive_int
+from tml_core.media._mel_scale import filter_runs, mel_filters
 
 __all__ = ["DmelConfig", "DmelState", "DmelStream", "dmel_bins"]
 
@@ -182,41 +183,13 @@ class _Tables(NamedTuple):
 @lru_cache(maxsize=8)
 def _tables(config: DmelConfig) -> _Tables:
     window_W = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(config.window) / config.window)
-    filters_MN = _mel_filters(config)
-    # Each filter is nonzero on one run of frequencies: keep only that run, padded to the widest.
-    is_used_MN = filters_MN > 0.0
-    start_M = is_used_MN.argmax(axis=1)
-    width = max(1, int(is_used_MN.sum(axis=1).max()))
-    index_MK = np.minimum(start_M[:, None] + np.arange(width), filters_MN.shape[1] - 1)
-    in_run_MK = np.arange(width) < is_used_MN.sum(axis=1)[:, None]
-    weight_MK = np.where(in_run_MK, np.take_along_axis(filters_MN, index_MK, axis=1), 0.0)
+    filters_MN = mel_filters(config.sample_rate, config.window, config.num_mel_bins)
+    index_MK, weight_MK = filter_runs(filters_MN)
     # Rounded to float32 first, as the processor's level centres are.
     centres = np.linspace(config.min_log10, config.max_log10, config.num_levels)
     centres = centres.astype(np.float32).astype(np.float64)
     thresholds = 10.0 ** (0.5 * (centres[1:] + centres[:-1]))
     return _Tables(window_W, index_MK, weight_MK, thresholds)
-
-
-def _mel_filters(config: DmelConfig) -> NDArray[np.float64]:
-    """Triangles of unit area, evenly spaced on the Slaney mel scale: [M, window // 2 + 1]."""
-    top_hz = config.sample_rate / 2.0
-    edges_hz = _mel_to_hz(np.linspace(0.0, _hz_to_mel(top_hz), config.num_mel_bins + 2))
-    bins_hz = np.linspace(0.0, top_hz, config.window // 2 + 1)
-    low, centre, high = edges_hz[:-2, None], edges_hz[1:-1, None], edges_hz[2:, None]
-    rising = (bins_hz - low) / (centre - low)
-    falling = (high - bins_hz) / (high - centre)
-    triangles: NDArray[np.float64] = np.maximum(0.0, np.minimum(rising, falling))
-    return triangles * (2.0 / (high - low))
-
-
-def _hz_to_mel(hz: float) -> float:
-    # Linear up to 1 kHz (15 mel), logarithmic above.
-    return 3.0 * hz / 200.0 if hz < 1000.0 else 15.0 + 27.0 * np.log(hz / 1000.0) / np.log(6.4)
-
-
-def _mel_to_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
-    bent: NDArray[np.float64] = 1000.0 * np.exp((mel - 15.0) * np.log(6.4) / 27.0)
-    return np.where(mel < 15.0, 200.0 * mel / 3.0, bent)
 
 
 def _frame_levels(samples_W: Pcm, tables: _Tables) -> NDArray[np.intp]:
