@@ -18,7 +18,7 @@ from typing import Any, Final
 import pytest
 from torch import Tensor
 
-from session_kit import WAIT_S, engine_threads, noise, paused
+from session_kit import WAIT_S, engine_threads, noise, paused, step_by_step
 from tml_core import Engine, Model, Session, Turn, load_model
 from tml_core.model.config import bundled_path
 from tml_core.ops.lm_head import SampleRows
@@ -161,6 +161,7 @@ def trapped() -> Iterator[Trap]:
     """`Trap` in the place of the tiny model's sampler."""
     with pytest.MonkeyPatch.context() as patch:
         trap = Trap()
+        step_by_step(patch)
         patch.setattr(tiny().backbone, "sample", trap)
         yield trap
 

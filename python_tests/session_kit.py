@@ -21,6 +21,7 @@ from tml_core import (
     load_model,
     media,
 )
+from tml_core.engine import stepper
 
 END_OUT, SILENCE, SAY, CALL, END_CALL = range(276, 281)
 WAIT_S = 150.0  # for what comes at once, on a machine with other work
@@ -101,8 +102,14 @@ def scripted(tokens: list[int], *, held: bool = False) -> Iterator[Script]:
     """`Script` in the place of nano's sampler."""
     script = Script(tokens, held=held)
     with pytest.MonkeyPatch.context() as patch:
+        step_by_step(patch)
         patch.setattr(nano().backbone, "sample", script)
         yield script
+
+
+def step_by_step(patch: pytest.MonkeyPatch) -> None:
+    """Every step goes through the backbone's `step` and `sample`, which may be replaced."""
+    patch.setattr(stepper, "RUN_S", 0.0)
 
 
 @contextmanager

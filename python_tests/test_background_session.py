@@ -25,7 +25,15 @@ from background_kit import (
     speech,
     words_in,
 )
-from session_kit import END_OUT, SILENCE, Script, assert_nothing_left, nano, scripted
+from session_kit import (
+    END_OUT,
+    SILENCE,
+    Script,
+    assert_nothing_left,
+    nano,
+    scripted,
+    step_by_step,
+)
 from tml_core import Chunk, Engine, InvalidArgument, Overloaded, Session, SessionClosed
 from tml_core.background import (
     BackgroundRunner,
@@ -91,6 +99,7 @@ class _sampler:
         self._patch = pytest.MonkeyPatch()
 
     def __enter__(self) -> _Used:
+        step_by_step(self._patch)
         self._patch.setattr(nano().backbone, "sample", self._script)
         return self._script
 

@@ -15,11 +15,14 @@ from session_kit import (
     engine_threads,
     nano,
     noise,
+    paused,
     scripted,
+    step_by_step,
 )
 from tml_core import Engine, Model, Retention, SamplingParams, Session, errors, load_model
 from tml_core.contract import PAGE_LEN
 from tml_core.engine.sampler import RowBuffers, SampleRequest, sample_rows
+from tml_core.model.token_loop import TokenLoop
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +65,7 @@ def test_a_step_that_fails_once_changes_nothing(
                 raise RuntimeError("the step failed")
             return h_TD
 
+        step_by_step(monkeypatch)
         monkeypatch.setattr(nano().backbone, "step", failing)
         assert lives(engine, 3, 3) == expected
         assert len(calls) > fails_in
@@ -119,6 +123,7 @@ def test_inputs_beside_tokens_give_the_bits_of_sessions_alone(
                 raise RuntimeError("the step failed")
             return h_TD
 
+        step_by_step(monkeypatch)
         monkeypatch.setattr(nano().backbone, "step", failing)
         assert out_of_step(engine, 4, 4) == alone
         assert (True, True) in kinds
@@ -143,6 +148,7 @@ def test_a_step_of_single_tokens_writes_where_the_last_of_as_many_did(
         return last[0]
 
     with Engine(nano()) as engine:
+        step_by_step(monkeypatch)
         monkeypatch.setattr(nano().backbone, "step", noting)
         assert lives(engine, 3, 2) == expected
         assert engine.stats().turns["failed"] == 0
@@ -159,6 +165,7 @@ def test_a_row_that_cannot_be_sampled_ends_only_its_turn(monkeypatch: pytest.Mon
                 raise RuntimeError("seed 1 is unlucky")
             return sample(h_BD, rows, **out)
 
+        step_by_step(monkeypatch)
         monkeypatch.setattr(nano().backbone, "sample", picky)
         sessions = [engine.open(seed=i, retention=Retention(256)) for i in range(3)]
         for tick in range(2):
@@ -213,6 +220,7 @@ def test_without_a_page_only_the_turn_that_needs_one_fails() -> None:
             spare = pool.alloc(pool.free_pages)
             try:
                 with pytest.MonkeyPatch.context() as patch:
+                    step_by_step(patch)
                     tokens = torch.tensor([104, 104]), torch.zeros(2)
                     patch.setattr(
                         model.backbone,
@@ -257,3 +265,82 @@ def test_the_last_words_of_a_turn_count_before_it_is_seen_to_end() -> None:
             assert stats.position == session.info().position - 1 == 8
             assert session.append(noise(1)).result(WAIT_S).stats.num_input_tokens == 7
         assert engine.stats().step_tokens == 6 + 2 + 7
+
+
+def test_steps_without_python_give_what_steps_with_it_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several turns that only draw tokens; in fewer calls than steps."""
+    with monkeypatch.context() as patch, Engine(nano()) as engine:
+        step_by_step(patch)
+        expected = lives(engine, 4, 4)
+    run, calls = TokenLoop.run, []
+
+    def noting(self: TokenLoop, num_rows: int, table: Any, _limit_s: float) -> Any:
+        calls.append(run(self, num_rows, table, 100.0))  # as far as they may go
+        return calls[-1]
+
+    monkeypatch.setattr(TokenLoop, "run", noting)
+    with Engine(nano()) as engine:
+        assert lives(engine, 4, 4) == expected
+        assert engine.stats().turns["failed"] == 0
+    assert sum(one.num_steps for one in calls) > 3 * len(calls)
+    assert max(len(ids) for one in calls for ids, _ in one.rows) >= 6
+
+
+@pytest.mark.parametrize("is_after", [False, True])
+def test_a_run_that_fails_once_changes_nothing(
+    is_after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(nano()) as engine:
+        expected = lives(engine, 3, 3)
+        run, calls, kv = TokenLoop.run, [], nano().store.kv
+
+        def failing(self: TokenLoop, num_rows: int, table: Any, limit_s: float) -> Any:
+            calls.append(num_rows)
+            if len(calls) % 2:
+                return run(self, num_rows, table, 0.0)
+            if is_after:
+                run(self, num_rows, table, limit_s)
+                for slot in self.rows["slot"][:num_rows].tolist():
+                    kv.conv_rows[slot].fill_(float("nan"))
+            raise RuntimeError("the run failed")
+
+        monkeypatch.setattr(TokenLoop, "run", failing)
+        assert lives(engine, 3, 3) == expected
+        assert len(calls) > 2 and engine.stats().turns["failed"] == 0
+
+
+@pytest.mark.parametrize("keep", ["none", "input"])
+def test_a_cancel_during_a_run_undoes_all_of_it(keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(nano()) as engine:
+
+        def live(cancels: bool) -> list[Any]:
+            with engine.open(seed=3) as session:
+                session.append(noise(0)).result(WAIT_S)
+                turn = session.append(noise(1)) if cancels else None
+                if turn is not None:
+                    assert turn.result(WAIT_S).done.reason == "cancelled"
+                elif keep == "input":
+                    with paused(session):
+                        turn = session.append(noise(1))
+                        assert turn.cancel(keep, wait=False)
+                    turn.result(WAIT_S)
+                ids = session.append(noise(2)).result(WAIT_S).done.token_ids
+                return [ids, session.info().state_hash]
+
+        expected = live(False)
+        run, num_calls, next_limit_s = TokenLoop.run, [0], [0.0]
+
+        def cancelling(self: TokenLoop, num_rows: int, table: Any, _limit_s: float) -> Any:
+            drawn = run(self, num_rows, table, next_limit_s[0])
+            (seat,) = engine._host.loop._seats
+            num_calls[0] += seat.state.tick == 1
+            if num_calls[0] == 1 and seat.state.tick == 1:
+                assert seat.turns[0].cancel(keep, wait=False)
+            return drawn
+
+        for limit_s in (0.0, 100.0):
+            num_calls[0], next_limit_s[0] = 0, limit_s
+            with monkeypatch.context() as patch:
+                patch.setattr(TokenLoop, "run", cancelling)
+                assert live(True) == expected
+            assert num_calls[0] >= 1

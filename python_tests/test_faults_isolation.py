@@ -25,7 +25,7 @@ from faults_kit import (
     shape,
     tiny,
 )
-from session_kit import paused
+from session_kit import paused, step_by_step
 from tml_core import Chunk, Engine, Retention, Session, errors
 from tml_core.layout.micro_turn import MicroTurnLayout, TickOutput
 
@@ -76,6 +76,7 @@ def in_step(patch: Patch, victim: Session, *, is_after: bool) -> None:
         h_TD = real(x_TD, batch, kv, **out) if is_after or not has_victim else None
         return fail() if has_victim else h_TD
 
+    step_by_step(patch)
     patch.setattr(tiny().backbone, "step", step)
 
 
@@ -87,6 +88,7 @@ def in_third_step(patch: Patch, victim: Session) -> None:
         seen[0] += has_victim
         return fail() if has_victim and seen[0] >= 3 else real(x_TD, batch, kv, **out)
 
+    step_by_step(patch)
     patch.setattr(tiny().backbone, "step", step)
 
 
@@ -96,6 +98,7 @@ def in_sampler(patch: Patch, victim: Session) -> None:
     def sample(h_BD: Any, rows: Any, **out: Any) -> Any:
         return fail() if seed in rows.seed_B.tolist() else real(h_BD, rows, **out)
 
+    step_by_step(patch)
     patch.setattr(tiny().backbone, "sample", sample)
 
 

@@ -17,7 +17,7 @@ import pytest
 from torch import Tensor
 
 from faults_kit import INJECTED, MAX_POSITIONS, NUM_SLOTS, WAIT_S, WINDOW, load_tiny
-from session_kit import paused
+from session_kit import paused, step_by_step
 from session_oracle import Input, MarkOracle, Pool, SessionOracle
 from tml_core import (
     Chunk,
@@ -192,11 +192,13 @@ class World:
 
     def cancel_midway(self, life: Life) -> None:
         number, keep = self.number(life), self.dice.choice(("input", "none"))
-        with paused(life.session):
-            turn = life.session.append(chunk(number)[0])
-            self.trap.keep, self.trap.num_draws = keep, self.dice.randrange(3)
-            self.trap.turn = turn
-        result = turn.result(WAIT_S)
+        with pytest.MonkeyPatch.context() as patch:
+            step_by_step(patch)
+            with paused(life.session):
+                turn = life.session.append(chunk(number)[0])
+                self.trap.keep, self.trap.num_draws = keep, self.dice.randrange(3)
+                self.trap.turn = turn
+            result = turn.result(WAIT_S)
         self.trap.turn = None
         if result.done.reason == "cancelled":
             return self.cancelled(life, number, keep, has_begun=True)

@@ -20,6 +20,7 @@ from session_kit import (
     paused,
     scripted,
     standing,
+    step_by_step,
 )
 from tml_core import Chunk, Engine, Notice, Retention, Session, ToolResult, Turn, errors
 from tml_core.engine.seat import MAX_NUMBERED, MAX_PENDING
@@ -329,6 +330,7 @@ def test_a_failed_step_undoes_all_that_went_in_together(monkeypatch: pytest.Monk
                     raise RuntimeError("broken")
                 return step(*arguments, **out)
 
+            step_by_step(monkeypatch)
             monkeypatch.setattr(nano().backbone, "step", failing)
             turns[0].cancel("none", wait=False)
         # The first step is of the two that waited; the second of their first token.

@@ -18,6 +18,7 @@ void bind_machine(nanobind::module_& m);
 void bind_moe(nanobind::module_& m);
 void bind_session_attn(nanobind::module_& m);
 void bind_session_attn_bwd(nanobind::module_& m);
+void bind_token_loop(nanobind::module_& m);
 void bind_router(nanobind::module_& m);
 void bind_attn_prologue(nanobind::module_& m);
 void bind_embed(nanobind::module_& m);

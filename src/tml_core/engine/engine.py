@@ -298,17 +298,17 @@ class EngineLoop:
         if len(ready) < len(self._jobs):
             self._give_up_unread()
         bringing = [job for job in ready if guarded(job, lambda job=job: self._begin(job))]  # type: ignore[misc]
-        size = (0, 0)
+        done = None
         if bringing:
-            size = self._stepper.advance(bringing, self.costs, begin_s)
+            done = self._stepper.advance(bringing, self.costs, begin_s)
         if ready:
             self._follow_up()
             busy_s = time.perf_counter() - begin_s
             kernel_s = self._stepper.kernel_s - kernel_s
             self.counters.kernel_s += kernel_s
             self.counters.host_s += busy_s - kernel_s
-            if size != (0, 0):
-                self._learn(size, busy_s)
+            if done is not None and done.num_steps:
+                self._learn((done.num_tokens, done.num_rows), busy_s / done.num_steps)
 
     def _learn(self, size: tuple[int, int], seconds: float) -> None:
         # The same step over and over teaches little, and is not free.

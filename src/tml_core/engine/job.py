@@ -23,7 +23,7 @@ from tml_core.engine.token_feed import FedToken, TokenFeed
 from tml_core.engine.turn import Ending, Turn
 from tml_core.errors import InvalidArgument, TmlError
 from tml_core.layout.events import Event, Notice, TextToken
-from tml_core.layout.state import LayoutState, OutputHalf
+from tml_core.layout.state import LayoutState, OutputHalf, TokenRun
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import Block, Segment, Tokens
 from tml_core.sequence.sequence import Mark
@@ -134,6 +134,12 @@ class Job:
         self._is_fed = True
         return self.feed.feed(token_id)
 
+    def run_ahead(self) -> TokenRun | None:
+        """How far its tokens may be drawn at one go; None if every one must be seen first."""
+        if self.turn.cancelled is not None or self.seat.degrade == "shrink_output":
+            return None
+        return self._open_output().run_ahead()
+
     def catch_up(self) -> None:
         """A step has failed and may have left anything behind: take the output so far as one more
         input, from where it begins."""
@@ -239,9 +245,7 @@ class Job:
         output = self._open_output()
         events = output.accept(token_id, logprob)
         clock = self.turn.clock
-        clock.num_output_tokens += 1
-        if not clock.first_s:
-            clock.first_s = time.perf_counter()
+        self._count_tokens(1)
         is_shrinking = self.seat.degrade == "shrink_output" and not output.is_done
         if is_shrinking and self._would_miss("shrink_output", costs, batch_size):
             events += self.parts.degraded(
@@ -250,6 +254,35 @@ class Job:
                 num_tokens=clock.num_output_tokens,
             )
             events += output.close_now("degraded")
+        self._tell(output, events)
+
+    def accept_run(self, token_ids: list[int], logprobs: list[float], batch_size: int) -> None:
+        """Take tokens that were drawn at one go, after the one of `feed_one`: all but the last are
+        in the model already. What a cancel asks for is done in the next step."""
+        self._is_fed = False
+        clock = self.turn.clock
+        clock.max_batch = max(clock.max_batch, batch_size)
+        output = self._open_output()
+        events: list[Event] = []
+        last = len(token_ids) - 1
+        for index, token_id in enumerate(token_ids):
+            if output.is_done:
+                raise TmlError("turn: its output was closed before the last of the tokens drawn")
+            events += output.accept(token_id, logprobs[index])
+            if index < last:
+                output.take_unfed()
+                self.feed.feed(token_id)
+        self._count_tokens(len(token_ids))
+        self._tell(output, events)
+
+    def _count_tokens(self, count: int) -> None:
+        clock = self.turn.clock
+        clock.num_output_tokens += count
+        if not clock.first_s:
+            clock.first_s = time.perf_counter()
+
+    def _tell(self, output: OutputHalf, events: list[Event]) -> None:
+        """Tell the readers what came of the output's last tokens; end if it is closed."""
         self._events += events
         if output.is_done:
             self._fresh = events

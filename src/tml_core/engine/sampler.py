@@ -16,7 +16,7 @@ from torch import Tensor
 from tml_core.errors import InvalidArgument, InvalidType
 from tml_core.ops.lm_head import SampleRows
 
-__all__ = ["RowBuffers", "SampleRequest", "SamplingParams", "sample_rows"]
+__all__ = ["RowBuffers", "SampleRequest", "SamplingParams", "sample_rows", "signed"]
 
 _MIN_TEMPERATURE: Final = 1e-6
 
@@ -93,7 +93,7 @@ class RowBuffers:
                 rows.top_p_B[row] = params.top_p
             if seeds[row] != seed:
                 seeds[row] = seed
-                rows.seed_B[row] = _signed(seed)
+                rows.seed_B[row] = signed(seed)
             if masks[row] is not allowed:
                 masks[row] = allowed
                 assert rows.allowed_BW is not None  # made above
@@ -118,7 +118,7 @@ def _first(rows: SampleRows, count: int) -> SampleRows:
     )
 
 
-def _signed(seed: int) -> int:
+def signed(seed: int) -> int:
     """The seed's 64 bits as the kernel takes them."""
     return seed - 2**64 if seed >= 2**63 else seed
 
@@ -126,7 +126,7 @@ def _signed(seed: int) -> int:
 def sample_rows(requests: Sequence[SampleRequest]) -> SampleRows:
     """The rows of one sampling call, in order."""
     params = [one.params for one in requests]
-    seeds = [_signed(one.seed) for one in requests]
+    seeds = [signed(one.seed) for one in requests]
     return SampleRows(
         temperature_B=torch.tensor([one.temperature for one in params], dtype=torch.float32),
         top_k_B=torch.tensor([one.top_k for one in params], dtype=torch.int32),

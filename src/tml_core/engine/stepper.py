@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,20 +19,35 @@ from torch import Tensor
 from tml_core.engine.cost_model import CostModel
 from tml_core.engine.job import Job
 from tml_core.engine.runner import Singles, StepInput
-from tml_core.engine.sampler import RowBuffers
+from tml_core.engine.sampler import RowBuffers, signed
 from tml_core.engine.scheduler import compose
 from tml_core.engine.seat import Seat
 from tml_core.engine.stats import EngineCounters
-from tml_core.engine.token_feed import FedToken
+from tml_core.engine.token_feed import MAX_AHEAD, FedToken
 from tml_core.errors import PoolExhausted
+from tml_core.layout.state import TokenRun
 from tml_core.media.segments import Block, Segment
+from tml_core.model.backbone import Backbone
 from tml_core.model.kv_store import KvStore
 from tml_core.model.step_batch import StepBatch
+from tml_core.model.token_loop import TokenLoop
 from tml_core.ops.lm_head import SampleRows
 from tml_core.sequence.sequence import Sequence
 from tml_core.sequence.store import SequenceStore
 
-__all__ = ["StepModel", "Stepper", "guarded"]
+__all__ = ["Progress", "StepModel", "Stepper", "guarded"]
+
+# Where turns only draw tokens, steps are made without Python for so long: so late a reader may see
+# a token, and the engine a cancel or a new turn. With 0 every step is looked at.
+RUN_S: Final = 0.004
+
+
+class Progress(NamedTuple):
+    """What `Stepper.advance` did: steps, and how many positions of how many sequences each had."""
+
+    num_tokens: int
+    num_rows: int
+    num_steps: int = 1
 
 
 class _Backbone(Protocol):
@@ -119,14 +134,17 @@ class Stepper:
         self._x_BD: Tensor | None = None
         self._h_BD: Tensor | None = None
         self._drawn_B: tuple[Tensor, Tensor] | None = None
+        self._loop: TokenLoop | None = None
+        if isinstance(model.backbone, Backbone):
+            self._loop = model.backbone.token_loop(model.store.kv, num_slots, MAX_AHEAD)
 
     @property
     def kernel_s(self) -> float:
         """Time in the model, its encoders and the sampler so far."""
         return self._model.encoder_s + self._model.runner.kernel_s + self._other_kernel_s
 
-    def advance(self, jobs: list[Job], costs: CostModel, begin_s: float) -> tuple[int, int]:
-        """One step of these turns; returns how many positions of how many sequences went in.
+    def advance(self, jobs: list[Job], costs: CostModel, begin_s: float) -> Progress:
+        """One step of these turns, or several where all of them only draw tokens.
 
         Those that bring the one token drawn last go in together, in fixed memory; inputs beside
         them. If that fails, all is brought as inputs, which can be told apart.
@@ -138,9 +156,12 @@ class Stepper:
                 job.feed.make_room()
         except Exception:
             return self._bring(jobs, costs, begin_s)
+        runs = None if others else self._runs(talking)
         ahead = self._feed(talking)
         if not ahead:
-            return self._bring(others, costs, begin_s) if others else (0, 0)
+            return self._bring(others, costs, begin_s) if others else Progress(0, 0, 0)
+        if runs is not None and len(ahead) == len(runs):
+            return self._talk(talking, ahead, runs, costs, begin_s)
         pieces = self._pieces([*talking, *others], costs, begin_s) if others else []
         done: list[tuple[Job, Tensor]] = []
         try:
@@ -166,6 +187,62 @@ class Stepper:
             return self._bring([*behind, *left], costs, begin_s)
         return self._end_step(done, talking, h_BD, costs)
 
+    def _runs(self, talking: list[Job]) -> list[TokenRun] | None:
+        """How far each may go without Python; None if one of them may not."""
+        if self._loop is None or RUN_S <= 0.0:
+            return None
+        runs = [job.run_ahead() for job in talking]
+        known = [run for run in runs if run is not None and run.table is runs[0].table]  # type: ignore[union-attr]
+        return known if len(known) == len(runs) else None
+
+    def _talk(
+        self,
+        talking: list[Job],
+        ahead: list[FedToken],
+        runs: list[TokenRun],
+        costs: CostModel,
+        begin_s: float,
+    ) -> Progress:
+        """Draw on for these turns until they need to be looked at."""
+        assert self._loop is not None  # there are runs
+        rows = self._loop.rows
+        for row, (job, (slot, position, token_id), run) in enumerate(
+            zip(talking, ahead, runs, strict=True)
+        ):
+            seat = job.seat
+            params = seat.sampling
+            # The token that is fed has its room already.
+            rows[row] = (
+                position,
+                token_id,
+                signed(seat.sequence.seed),
+                slot,
+                run.phase,
+                run.num_text,
+                1 + job.feed.room,
+                params.temperature,
+                params.top_p,
+                params.top_k,
+                0,
+            )
+        num_rows = len(talking)
+        begin_kernel_s = time.perf_counter()
+        try:
+            drawn = self._loop.run(num_rows, runs[0].table, RUN_S)
+        except Exception:
+            behind = [job for job in talking if guarded(job, job.catch_up)]
+            return self._bring(behind, costs, begin_s)
+        self._other_kernel_s += time.perf_counter() - begin_kernel_s
+        self._counters.steps += drawn.num_steps
+        self._counters.step_tokens += drawn.num_tokens
+        for job, (token_ids, logprobs) in zip(talking, drawn.rows, strict=True):
+            try:
+                job.accept_run(token_ids, logprobs, num_rows)
+            except Exception as error:
+                job.fail(error)
+        mean = round(drawn.num_tokens / drawn.num_steps)
+        return Progress(mean, mean, drawn.num_steps)
+
     def _step_single(self, num_rows: int) -> Tensor:
         """The hidden states [B, D] of the tokens in ``_ids_B``, at the rows' positions; they stand
         until the next call."""
@@ -176,7 +253,7 @@ class Stepper:
         self._h_BD = h_BD = backbone.step(x_BD, self._rows, kv, out_TD=h_BD)
         return h_BD
 
-    def _bring(self, jobs: list[Job], costs: CostModel, begin_s: float) -> tuple[int, int]:
+    def _bring(self, jobs: list[Job], costs: CostModel, begin_s: float) -> Progress:
         """`advance` with everything as inputs."""
         step = self._pieces(jobs, costs, begin_s)
         return self._end_step(self._append(step) if step else [], [], None, costs)
@@ -207,11 +284,11 @@ class Stepper:
         talking: list[Job],
         h_BD: Tensor | None,
         costs: CostModel,
-    ) -> tuple[int, int]:
+    ) -> Progress:
         """Go on with what a step gave: ``done`` inputs, and the fed tokens of ``talking``."""
         num_rows = len(done) + len(talking)
         if not num_rows:
-            return 0, 0
+            return Progress(0, 0, 0)
         num_tokens = sum(len(h_TD) for _, h_TD in done) + len(talking)
         self._counters.steps += 1
         self._counters.step_tokens += num_tokens
@@ -233,7 +310,7 @@ class Stepper:
                 parts.append(h_BD)
             h_BD = parts[0] if len(parts) == 1 else torch.cat(parts)
             self._draw(wanting, h_BD, costs, num_rows)
-        return num_tokens, num_rows
+        return Progress(num_tokens, num_rows)
 
     def _prepare(self, job: Job) -> bool:
         job.bring_tokens()

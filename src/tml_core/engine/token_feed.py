@@ -6,10 +6,10 @@ from tml_core.contract import PAGE_LEN
 from tml_core.engine.seat import Seat
 from tml_core.sequence.token_log import text_records
 
-__all__ = ["FedToken", "TokenFeed"]
+__all__ = ["MAX_AHEAD", "FedToken", "TokenFeed"]
 
 # Tokens that are given to the model before the sequence's books are brought up to date.
-_MAX_AHEAD: Final = 16
+MAX_AHEAD: Final = 16
 
 
 class FedToken(NamedTuple):
@@ -34,6 +34,11 @@ class TokenFeed:
         self._tip = self._slot = 0  # of the sequence without them
 
     @property
+    def room(self) -> int:
+        """Tokens that can be fed without `make_room`."""
+        return self._num_reserved - len(self._token_ids)
+
+    @property
     def next_position(self) -> int:
         """Where the next token goes."""
         return self._seat.sequence.tip + len(self._token_ids)
@@ -44,7 +49,7 @@ class TokenFeed:
             self.flush()
             sequence = self._seat.sequence
             tip = sequence.tip
-            num_reserved = min(PAGE_LEN - tip % PAGE_LEN, _MAX_AHEAD)
+            num_reserved = min(PAGE_LEN - tip % PAGE_LEN, MAX_AHEAD)
             sequence.reserve(num_reserved)
             self._num_reserved, self._tip, self._slot = num_reserved, tip, sequence.slot.index
 

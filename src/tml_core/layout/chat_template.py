@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from tml_core.errors import CheckpointError, InvalidArgument, Unsupported
 from tml_core.layout.chunk import Chunk, ToolResult, compact_json
 from tml_core.layout.events import Event, Tags, TextToken, TurnDone, TurnEnd
-from tml_core.layout.state import AudioCarry, EncodedInput, LayoutState, Stream
+from tml_core.layout.state import AudioCarry, EncodedInput, LayoutState, Stream, TokenRun
 from tml_core.layout.text import TextCodec, bitmask
 from tml_core.layout.tool_call import call_event
 from tml_core.media.micro_turns import TICK_MS
@@ -111,6 +111,10 @@ class ChatOutput:
         if self.is_done:
             raise InvalidArgument("allowed: expected an open answer, got a closed one")
         return self._layout.masks[self._phase]
+
+    def run_ahead(self) -> TokenRun | None:
+        """None: what may follow depends on more than a table holds."""
+        return None
 
     def accept(self, token_id: int, logprob: float) -> list[Event]:
         """Take the next token; the events it causes, `TurnDone` last when the answer is over.

@@ -28,13 +28,14 @@ from tokenizers import Tokenizer
 from tml_core.errors import CheckpointError, InvalidArgument, Unsupported
 from tml_core.layout.chunk import Chunk, ToolResult, compact_json
 from tml_core.layout.events import Event, Silence, Tags, TextToken, TurnDone, TurnEnd
-from tml_core.layout.state import AudioCarry, EncodedInput, LayoutState, Stream
+from tml_core.layout.state import AudioCarry, EncodedInput, LayoutState, Stream, TokenRun
 from tml_core.layout.text import TextCodec, bitmask
 from tml_core.layout.tool_call import call_event
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.patches import image_patches
 from tml_core.media.segments import Audio, Block, Image, Segment, Tokens
 from tml_core.model.config import ModelConfig
+from tml_core.model.token_loop import TokenTable
 
 __all__ = ["MAX_CALL_TOKENS", "MicroTurnLayout", "MicroTurnState", "OutputGrammar", "TickOutput"]
 
@@ -100,11 +101,33 @@ class OutputGrammar:
             _Phase.CALL: (ids.end_call, ids.end_out),
         }
         self._extra = extra
-        self._masks = {phase: self._mask(controls) for phase, controls in extra.items()}
+        masks_PW = torch.stack([self._mask(controls) for controls in extra.values()])
+        self._masks: dict[_Phase, torch.Tensor] = dict(zip(extra, masks_PW, strict=True))
+        self._numbers = {phase: number for number, phase in enumerate(extra)}
+        after_text = {
+            _Phase.START: _Phase.TEXT,
+            _Phase.START_IN_CALL: _Phase.CALL,
+            _Phase.TEXT: _Phase.TEXT,
+            _Phase.CALL: _Phase.CALL,
+        }
+        # Beside text only <|call|> leaves the half open.
+        self._table = TokenTable(
+            masks_PW,
+            (ids.silence, ids.end_out, ids.end_call, ids.call),
+            tuple(
+                (-1, -1, -1, self._numbers[_Phase.CALL], self._numbers[after_text[phase]])
+                for phase in extra
+            ),
+            len(is_text),
+        )
 
     def mask(self, phase: _Phase) -> torch.Tensor:
         """Ids allowed in ``phase``: int32 [ceil(V / 32)], shared, not to be written."""
         return self._masks[phase]
+
+    def run_ahead(self, phase: _Phase, num_text: int) -> TokenRun:
+        """`TokenRun` from ``phase``."""
+        return TokenRun(self._table, self._numbers[phase], num_text)
 
     def is_allowed(self, phase: _Phase, token_id: int) -> bool:
         """Whether ``token_id`` may come in ``phase``."""
@@ -149,6 +172,16 @@ class TickOutput:
         if self.is_done:
             raise InvalidArgument("allowed: expected an open output half, got a closed one")
         return self._grammar.mask(self._phase)
+
+    def run_ahead(self) -> TokenRun | None:
+        """How far to go without it: to what closes it, or a budget."""
+        if self.is_done:
+            return None
+        num_text = self._grammar.max_text - self._num_text
+        if self._call_ids is not None:
+            num_text = min(num_text, MAX_CALL_TOKENS - len(self._call_ids))
+        num_text = min(max(1, num_text), MAX_CALL_TOKENS)
+        return self._grammar.run_ahead(self._phase, num_text)
 
     def accept(self, token_id: int, logprob: float) -> list[Event]:
         """Take the next token; the events it causes, `TurnDone` last when the tick is over.

@@ -6,7 +6,7 @@ nothing. ``to_dict`` and ``from_dict`` are the form a snapshot stores.
 
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, NamedTuple, Protocol, Self
 
 import torch
 
@@ -16,8 +16,17 @@ from tml_core.layout.events import Event, TurnEnd
 from tml_core.media.dmel import DmelConfig, DmelState, DmelStream
 from tml_core.media.segments import Block, Segment
 from tml_core.model.config import AudioConfig
+from tml_core.model.token_loop import TokenTable
 
-__all__ = ["AudioCarry", "EncodedInput", "Layout", "LayoutState", "OutputHalf", "Stream"]
+__all__ = [
+    "AudioCarry",
+    "EncodedInput",
+    "Layout",
+    "LayoutState",
+    "OutputHalf",
+    "Stream",
+    "TokenRun",
+]
 
 # A result may still come for this many calls; older ones are forgotten, so that the state of an
 # endless session stays small.
@@ -117,6 +126,16 @@ class EncodedInput:
     num_waiting: int = 0
 
 
+class TokenRun(NamedTuple):
+    """How tokens may be drawn before an output half has to see them: from ``phase`` of a table, at
+    most ``num_text`` of them text. The half then accepts them in order; it is closed by none but
+    the last."""
+
+    table: TokenTable
+    phase: int
+    num_text: int
+
+
 class OutputHalf(Protocol):
     """One turn's output: says what may be sampled next, and turns tokens into events."""
 
@@ -138,6 +157,9 @@ class OutputHalf(Protocol):
 
     def allowed(self) -> torch.Tensor:
         """Bit mask of the ids that may come next: int32 [ceil(V / 32)]."""
+
+    def run_ahead(self) -> TokenRun | None:
+        """How far to go without it; None if it has to see every token."""
 
     def accept(self, token_id: int, logprob: float) -> list[Event]:
         """Take the next sampled token; events end with `TurnDone` when the turn is over."""

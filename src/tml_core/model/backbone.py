@@ -16,6 +16,7 @@ from tml_core.model.config import ENCODER_NORM_EPS, ModelConfig
 from tml_core.model.decoder import Decoder
 from tml_core.model.kv_store import KvStore
 from tml_core.model.step_batch import StepBatch
+from tml_core.model.token_loop import TokenLoop
 from tml_core.ops.embed import dmel_embed, embed
 from tml_core.ops.hmlp import HmlpWeights, hmlp
 from tml_core.ops.linear import pack_weight
@@ -122,6 +123,11 @@ class Backbone:
     ) -> tuple[Tensor, Tensor]:
         """One token a row: (ids int64 [B], log-probabilities fp32 [B])."""
         return lm_head_sample(h_BD, self._head, self.vocab_size, rows, out_B=out_B)
+
+    def token_loop(self, kv: KvStore, max_rows: int, max_run: int) -> TokenLoop:
+        """A loop over this model's tokens, for sequences of ``kv``."""
+        embed = self._embed_table, self._embed_norm, self.config.text.rms_eps
+        return TokenLoop(self.decoder, embed, self._head, self.vocab_size, kv, max_rows, max_run)
 
     def _embed_piece(self, piece: Segment) -> tuple[Tensor, Tensor]:
         if isinstance(piece, Tokens):

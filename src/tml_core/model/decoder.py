@@ -27,13 +27,14 @@ class Decoder:
     """All layers and the final norm, in the layout the kernels stream.
 
     ``weights`` holds canonical names (see weights.py) and is consumed: each tensor is dropped once
-    it is packed, so that two copies of a large model never stand side by side.
+    it is packed, so that two copies of a large model never stand side by side. ``handle``: the same
+    for the extension.
     """
 
     def __init__(self, config: TextConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         self.config = config
         self.dtype = dtype
-        self._step = _ext.DecoderStep(
+        self.handle = _ext.DecoderStep(
             hidden=config.hidden_size,
             window=config.window,
             d_rel=config.d_rel,
@@ -62,7 +63,7 @@ class Decoder:
                 f"got {list(x_TD.shape)}"
             )
         h_TD = torch.empty_like(x_TD) if out_TD is None else out_TD
-        self._step.run(
+        self.handle.run(
             x_TD,
             h_TD,
             batch.cu_tokens,
@@ -107,7 +108,7 @@ class Decoder:
         else:
             experts, routing = self._sparse(take, packed)
         packed["w13"], packed["w2"] = experts.w13, experts.w2
-        self._step.add_layer(
+        self.handle.add_layer(
             is_sliding=config.layer_is_sliding[layer],
             num_heads=config.heads(layer),
             num_kv_heads=config.kv_heads(layer),
