@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from byte_model import BYTE_MODEL
 from session_kit import CALL, END_CALL, SILENCE, WAIT_S, nano
 from tml_core import Chunk, Model, Session, load_model
 from tml_core.background import Final, JobContext, Partial, Progress
 from tml_core.layout.chunk import compact_json
 from tml_core.layout.select import layout_for
-from tml_core.model import bundled_path
 
 Updates = AsyncGenerator[Progress | Partial | Final, None]
 
@@ -120,8 +120,8 @@ def background_threads() -> list[threading.Thread]:
 def plain() -> Model:
     """Nano without its interaction block: a plain Inkling checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
-        config = json.loads((bundled_path("nano") / "config.json").read_text())
+        config = json.loads((BYTE_MODEL / "config.json").read_text())
         del config["interaction"]
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        shutil.copy(bundled_path("nano") / "tokenizer.json", folder)
+        shutil.copy(BYTE_MODEL / "tokenizer.json", folder)
         return load_model(folder, max_sequences=4)

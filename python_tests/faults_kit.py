@@ -18,9 +18,9 @@ from typing import Any, Final
 import pytest
 from torch import Tensor
 
+from byte_model import BYTE_MODEL
 from session_kit import WAIT_S, engine_threads, noise, paused, step_by_step
 from tml_core import Engine, Model, Session, Turn, load_model
-from tml_core.model.config import bundled_path
 from tml_core.ops.lm_head import SampleRows
 
 WINDOW: Final = 96
@@ -54,14 +54,14 @@ def load_tiny(
     *, max_sequences: int = NUM_SLOTS, max_positions: int = MAX_POSITIONS, **more: Any
 ) -> Model:
     """A model of its own, with its own pages."""
-    config = json.loads((bundled_path("nano") / "config.json").read_text())
+    config = json.loads((BYTE_MODEL / "config.json").read_text())
     config["text_config"] |= _TEXT
     config["audio_config"]["text_hidden_size"] = _TEXT["hidden_size"]
     config["vision_config"]["text_hidden_size"] = _TEXT["hidden_size"]
     config["interaction"] |= {"max_text_per_tick": 3, "max_injected_per_tick": INJECTED}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        shutil.copy(bundled_path("nano") / "tokenizer.json", folder)
+        shutil.copy(BYTE_MODEL / "tokenizer.json", folder)
         return load_model(folder, max_sequences=max_sequences, max_positions=max_positions, **more)
 
 

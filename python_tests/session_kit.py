@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from byte_model import BYTE_MODEL
 from tml_core import (
     Chunk,
     Event,
@@ -30,7 +31,7 @@ WAIT_S = 150.0  # for what comes at once, on a machine with other work
 @functools.cache
 def nano() -> Model:
     """The bundled model in bf16, loaded once."""
-    return load_model("nano", max_sequences=12)
+    return load_model(BYTE_MODEL, max_sequences=12)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from byte_model import BYTE_MODEL
 from session_kit import (
     END_OUT,
     SILENCE,
@@ -209,7 +210,7 @@ def test_cancels_on_either_side_of_a_page(first: int, keep: Any) -> None:
 
 
 def test_without_a_page_only_the_turn_that_needs_one_fails() -> None:
-    model = load_model("nano", max_sequences=2, max_positions=1024)
+    model = load_model(BYTE_MODEL, max_sequences=2, max_positions=1024)
     with Engine(model) as engine:
         with engine.open() as probe:
             used = probe.append(noise(0)).result(WAIT_S).stats.num_input_tokens

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import tml_core.engine.turn as turn_module
+from byte_model import BYTE_MODEL
 from session_kit import (
     END_OUT,
     SILENCE,
@@ -283,7 +284,7 @@ def test_a_reader_that_stays_away_loses_its_turn(monkeypatch: pytest.MonkeyPatch
 
 
 def test_stats_count_and_gauges_return_to_zero() -> None:
-    model = load_model("nano", max_sequences=3)
+    model = load_model(BYTE_MODEL, max_sequences=3)
     with Engine(model) as engine:
         before = engine.stats()
         assert isinstance(before, EngineStats)

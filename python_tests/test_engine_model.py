@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from byte_model import BYTE_MODEL
 from sequence_fakes import tiny_text_config
 from tml_core import _ext, errors
 from tml_core.engine.model import Model, load_model, weights_fingerprint
@@ -361,7 +362,7 @@ def test_model_says_what_it_is(models: dict[str, Model], folder: Path) -> None:
 
 
 def test_bundled_model_loads_and_calls_itself_untrained() -> None:
-    model = load_model("nano", max_sequences=1, max_positions=1024)
+    model = load_model(BYTE_MODEL, max_sequences=1, max_positions=1024)
     assert not model.is_trained and "untrained" in repr(model)
     assert model.tokenizer is not None and model.config.interaction is not None
     with model.new_sequence() as sequence:

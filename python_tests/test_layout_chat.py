@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from byte_model import BYTE_MODEL
 from tml_core import errors
 from tml_core.layout import (
     ChatLayout,
@@ -23,7 +24,7 @@ from tml_core.layout import (
     tool_schema,
 )
 from tml_core.media import Audio, Image, Tokens, dmel_bins
-from tml_core.model import ModelConfig, bundled_path, load_tokenizer
+from tml_core.model import ModelConfig, load_tokenizer
 
 USER, MODEL, SYSTEM, TOOL = 257, 258, 259, 260
 TEXT, IMAGE, AUDIO, AUDIO_END, THINKING, XML, CALL = range(261, 268)
@@ -32,7 +33,7 @@ TOOL_ERROR, END, STOP = 269, 270, 271
 
 @functools.cache
 def chat() -> ChatLayout:
-    path = bundled_path("nano")
+    path = BYTE_MODEL
     return ChatLayout(ModelConfig.from_path(path), load_tokenizer(path))
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from byte_model import BYTE_MODEL
 from tml_core import errors
 from tml_core.layout import (
     Chunk,
@@ -27,14 +28,14 @@ from tml_core.layout import (
 )
 from tml_core.layout import micro_turn as micro_turn_module
 from tml_core.media import Audio, Image, MicroTurn, Tokens, dmel_bins, image_patches
-from tml_core.model import ModelConfig, bundled_path, load_tokenizer
+from tml_core.model import ModelConfig, load_tokenizer
 
 TICK, OUT, END_OUT, SILENCE, SAY, CALL, END_CALL = range(274, 281)
 
 
 @functools.cache
 def nano_layout(**interaction: int) -> MicroTurnLayout:
-    path = bundled_path("nano")
+    path = BYTE_MODEL
     config = ModelConfig.from_path(path)
     assert config.interaction is not None
     changed = dataclasses.replace(config.interaction, **interaction)
@@ -375,7 +376,7 @@ def test_a_micro_turn_is_a_chunk() -> None:
 
 
 def test_layout_refusals() -> None:
-    path = bundled_path("nano")
+    path = BYTE_MODEL
     config = ModelConfig.from_path(path)
     plain = dataclasses.replace(config, interaction=None)
     with pytest.raises(errors.CheckpointError, match="expected an interaction block"):

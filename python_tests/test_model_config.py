@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoConfig
 from transformers.models.inkling.modeling_inkling import plan_out_scales
 
+from byte_model import BYTE_MODEL
 from hf_checkpoints import SHAPES, hub_config, make_hf_model, save_hf
 from tml_core.errors import CheckpointError, InvalidArgument, Unsupported
 from tml_core.model.config import ModelConfig, VisionConfig, bundled_path
@@ -163,10 +164,10 @@ def test_config_spellings_agree(tmp_path: Path) -> None:
         assert ModelConfig.from_path(tmp_path / shape / "saved") == ours
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, "nano", "small"])
+@pytest.mark.parametrize("shape", [*SHAPES, "bytes", "small"])
 def test_config_to_dict_reads_back_here_and_in_transformers(shape: str, tmp_path: Path) -> None:
-    if shape == "nano":
-        config = ModelConfig.from_path(bundled_path("nano"))
+    if shape == "bytes":
+        config = ModelConfig.from_path(BYTE_MODEL)
     elif shape == "small":
         config = ModelConfig.from_dict(SMALL)
     else:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from byte_model import BYTE_MODEL
 from hf_checkpoints import AUDIO_TOKEN_ID, IMAGE_TOKEN_ID, SHAPES, HfModel, make_hf_model
 from tml_core.errors import InvalidArgument, InvalidType
 from tml_core.media.segments import Audio, Block, Image, Tokens
-from tml_core.model.config import ModelConfig, bundled_path
+from tml_core.model.config import ModelConfig
 from tml_core.model.reference import reference_hidden, reference_logits
 from tml_core.model.weights import load_weights
 
@@ -238,8 +239,8 @@ def test_reference_of_no_tokens() -> None:
 
 
 def test_reference_of_bundled_nano() -> None:
-    config = ModelConfig.from_path(bundled_path("nano"))
-    weights = load_weights(bundled_path("nano"), config, torch.bfloat16)
+    config = ModelConfig.from_path(BYTE_MODEL)
+    weights = load_weights(BYTE_MODEL, config, torch.bfloat16)
     segments = [
         Tokens([274]),
         Audio(bins=some_bins(config, 4)),

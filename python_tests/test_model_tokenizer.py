@@ -4,11 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from byte_model import BYTE_MODEL
 from tml_core.errors import CheckpointError
-from tml_core.model.config import CONTROL_TOKEN_NAMES, ModelConfig, bundled_path
+from tml_core.model.config import CONTROL_TOKEN_NAMES, ModelConfig
 from tml_core.model.tokenizer import control_token_ids, load_tokenizer, special_id, special_ids
 
-NANO = load_tokenizer(bundled_path("nano"))
+NANO = load_tokenizer(BYTE_MODEL)
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",))).filter(lambda text: "<|" not in text))
@@ -21,7 +22,7 @@ def test_nano_tokenizer_is_the_bytes(text: str) -> None:
 
 def test_nano_tokenizer_has_the_special_tokens() -> None:
     assert NANO is not None
-    config = ModelConfig.from_path(bundled_path("nano"))
+    config = ModelConfig.from_path(BYTE_MODEL)
     assert config.interaction is not None
     assert control_token_ids(NANO) == config.interaction.tokens
     assert config.eos_token_ids == (special_id(NANO, "<|content_model_end_sampling|>"),)

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import InklingForCausalLM, InklingForConditionalGeneration
 
+from byte_model import BYTE_MODEL
 from hf_checkpoints import SHAPES, hub_tensors, make_hf_model, save_hf, write_safetensors
 from tml_core.errors import CheckpointError, InvalidArgument
-from tml_core.model.config import ModelConfig, bundled_path
+from tml_core.model.config import ModelConfig
 from tml_core.model.weights import (
     expected_shapes,
     is_kept_fp32,
@@ -321,8 +322,8 @@ def test_random_weights_stand_in_for_a_directory_without_files(mixed, tmp_path: 
 
 
 def test_random_weights_are_the_same_on_every_machine() -> None:
-    config = ModelConfig.from_path(bundled_path("nano"))
-    weights = load_weights(bundled_path("nano"), config, torch.bfloat16)
+    config = ModelConfig.from_path(BYTE_MODEL)
+    weights = load_weights(BYTE_MODEL, config, torch.bfloat16)
     digests = {
         name: hashlib.sha256(weights[name].view(torch.int16).numpy().tobytes()).hexdigest()[:16]
         for name in ("lm_head.weight", "model.language_model.layers.3.mlp.experts.gate_up_proj")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from byte_model import BYTE_MODEL
 from session_kit import WAIT_S, engine_threads, nano, noise, standing
 from tml_core import Chunk, Model, Session, TextToken, ToolCall, errors, load_model
-from tml_core.model import bundled_path
 
 TEXT, THINKING, CALL, END, STOP, MODEL = 261, 265, 267, 270, 271, 258
 
@@ -22,10 +22,10 @@ TEXT, THINKING, CALL, END, STOP, MODEL = 261, 265, 267, 270, 271, 258
 def plain() -> Model:
     """Nano without its interaction block: a plain Inkling checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
-        config = json.loads((bundled_path("nano") / "config.json").read_text())
+        config = json.loads((BYTE_MODEL / "config.json").read_text())
         del config["interaction"]
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        shutil.copy(bundled_path("nano") / "tokenizer.json", folder)
+        shutil.copy(BYTE_MODEL / "tokenizer.json", folder)
         return load_model(folder, max_sequences=3)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from byte_model import BYTE_MODEL
 from session_kit import (
     WAIT_S,
     assert_nothing_left,
@@ -46,7 +47,7 @@ def _nothing_leaks() -> Iterator[None]:
 @functools.cache
 def small() -> Model:
     """Nano with room for one short sequence."""
-    return load_model("nano", max_sequences=1, max_positions=256)
+    return load_model(BYTE_MODEL, max_sequences=1, max_positions=256)
 
 
 PCM = np.zeros(800, np.float32)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from byte_model import BYTE_MODEL
 from session_kit import WAIT_S, engine_threads, noise
 from tml_core import Chunk, Engine, Model, Retention, Session, SessionInfo, errors, load_model
 
@@ -14,7 +15,7 @@ from tml_core import Chunk, Engine, Model, Retention, Session, SessionInfo, erro
 @functools.cache
 def two() -> Model:
     """Nano with room for two sequences."""
-    return load_model("nano", max_sequences=2)
+    return load_model(BYTE_MODEL, max_sequences=2)
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +189,7 @@ def test_more_sessions_than_memory_take_turns() -> None:
 
 
 def test_memory_for_unheard_output_is_given_up_first() -> None:
-    model = load_model("nano", max_sequences=2, max_positions=8192)
+    model = load_model(BYTE_MODEL, max_sequences=2, max_positions=8192)
     with Engine(model) as engine, engine.open() as talker, engine.open() as other:
         for _ in range(30):
             talker.append(Chunk(text="w" * 60)).result(WAIT_S)

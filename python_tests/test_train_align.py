@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from byte_model import BYTE_MODEL
 from hf_checkpoints import make_hf_model, save_hf
 from tml_core import cli, errors
 from tml_core.cli.align import run_align
@@ -42,7 +43,7 @@ def test_no_bit_differs_before_and_after_training(
     def progress(stage: str, done: int, total: int) -> None:
         stages[stage] = (done, total)
 
-    before, after = align("nano", num_tokens=250, dtype=dtype, num_steps=2, progress=progress)
+    before, after = align(BYTE_MODEL, num_tokens=250, dtype=dtype, num_steps=2, progress=progress)
     for report in (before, after):
         assert report.is_aligned and report.num_differing == 0
         assert report.largest_difference == 0.0
@@ -70,7 +71,7 @@ def test_one_changed_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(align_module, "TrainableModel", Changed)
     console = Console(record=True, width=100)
-    assert not run_align("nano", 60, "float32", 0, 0, console)
+    assert not run_align(BYTE_MODEL, 60, "float32", 0, 0, console)
     text = console.export_text()
     assert "they differ" in text
     (row,) = [line.split() for line in text.splitlines() if line.startswith("float32")]
@@ -104,6 +105,6 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(errors.Unsupported, match="expected a model of micro-turns, got a plain"):
         align(tmp_path)
     with pytest.raises(errors.InvalidArgument, match="bfloat16, float32 or both, got 'int8'"):
-        run_align("nano", 1, "int8", 0, 0, Console())
+        run_align(BYTE_MODEL, 1, "int8", 0, 0, Console())
     with pytest.raises(errors.CheckpointError, match="does not exist"):
         align(tmp_path / "nothing")

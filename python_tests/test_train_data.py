@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from byte_model import BYTE_MODEL
 from tml_core import errors
 from tml_core.layout import Stream
 from tml_core.media.segments import Tokens
-from tml_core.model.config import ModelConfig, bundled_path
+from tml_core.model.config import ModelConfig
 from tml_core.model.tokenizer import load_tokenizer
 from tml_core.train import PackedBatch, ShardReader, Transcript, read_sessions, write_shards
 from tml_core.train import shards as shards_module
@@ -92,7 +93,7 @@ def test_what_is_no_dataset_is_refused(config: ModelConfig, tmp_path: Path) -> N
     write_shards(random_transcripts(config, 1), tmp_path, config)
     with pytest.raises(errors.InvalidArgument, match="holds a dataset already"):
         write_shards(random_transcripts(config, 1), tmp_path, config)
-    nano = ModelConfig.from_path(bundled_path("nano"))
+    nano = ModelConfig.from_path(BYTE_MODEL)
     with pytest.raises(errors.InvalidArgument, match="with vocab_size 128, this one has 320"):
         ShardReader(tmp_path, nano)
     file = tmp_path / "dataset.json"
@@ -151,7 +152,7 @@ def test_an_unshuffled_order_is_the_datas() -> None:
 
 
 def nano_sessions(folder: Path, *lines: object) -> list[Transcript]:
-    directory = bundled_path("nano")
+    directory = BYTE_MODEL
     file = folder / "sessions.jsonl"
     file.write_text("\n".join(one if isinstance(one, str) else json.dumps(one) for one in lines))
     return read_sessions(file, ModelConfig.from_path(directory), load_tokenizer(directory))
@@ -165,7 +166,7 @@ def test_sessions_become_transcripts(tmp_path: Path) -> None:
         "",
         {"ticks": {"0": {"call": call}}, "num_ticks": 3},
     )
-    tokenizer = load_tokenizer(bundled_path("nano"))
+    tokenizer = load_tokenizer(BYTE_MODEL)
     assert tokenizer is not None
 
     def said(transcript: Transcript, stream: Stream) -> str:
@@ -198,7 +199,7 @@ def test_a_wrong_session_is_named(line: object, match: str, tmp_path: Path) -> N
 
 
 def test_a_missing_file_of_sessions_is_named(tmp_path: Path) -> None:
-    directory = bundled_path("nano")
+    directory = BYTE_MODEL
     config = ModelConfig.from_path(directory)
     with pytest.raises(errors.InvalidArgument, match=r"data: .*none.jsonl cannot be read"):
         read_sessions(tmp_path / "none.jsonl", config, load_tokenizer(directory))

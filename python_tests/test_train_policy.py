@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import tml_core as tml
+from byte_model import BYTE_MODEL
 from hf_checkpoints import make_hf_model, save_hf
 from tml_core import errors
-from tml_core.model.config import ModelConfig, bundled_path
+from tml_core.model.config import ModelConfig
 from tml_core.model.weights import load_weights
 from tml_core.ops.linear_logp import IGNORED_TARGET
 from tml_core.train import TrainableModel
@@ -20,7 +21,7 @@ CHUNKS = [tml.Chunk(text="sing"), tml.Chunk(is_idle=True)]
 
 
 def nano(dtype: torch.dtype) -> TrainableModel:
-    directory = bundled_path("nano")
+    directory = BYTE_MODEL
     config = ModelConfig.from_path(directory)
     return TrainableModel(config, load_weights(directory, config, torch.float32), dtype)
 
@@ -30,7 +31,7 @@ def test_the_first_ratio_is_exactly_one_before_and_after_updates(dtype: torch.dt
     model = nano(dtype)
     options = OptimizerConfig(weight_decay=0.0)
     optimizer = Optimizer(dict(model.named_parameters()), options)
-    sampler = GroupSampler(model, bundled_path("nano"))
+    sampler = GroupSampler(model, BYTE_MODEL)
     for round_id in range(2):
         group = sampler.sample(CHUNKS, [1 + 3 * round_id + i for i in range(3)])
         assert len({one.text for one in group}) > 1
@@ -43,7 +44,7 @@ def test_the_first_ratio_is_exactly_one_before_and_after_updates(dtype: torch.dt
 
 
 def test_a_group_is_sampled_again_with_the_same_bits() -> None:
-    sampler = GroupSampler(nano(torch.bfloat16), bundled_path("nano"))
+    sampler = GroupSampler(nano(torch.bfloat16), BYTE_MODEL)
     group = sampler.sample(CHUNKS, [5, 9])
     (alone,) = sampler.sample(CHUNKS, [9])
     assert alone.text == group[1].text and torch.equal(alone.logprobs, group[1].logprobs)
@@ -58,7 +59,7 @@ def test_advantages_are_relative_to_the_group() -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     model = nano(torch.bfloat16)
-    sampler = GroupSampler(model, bundled_path("nano"))
+    sampler = GroupSampler(model, BYTE_MODEL)
     for seeds in ([], [1, 1], [0, 1]):
         with pytest.raises(errors.InvalidArgument, match=r"seeds: expected distinct ones from 1"):
             sampler.sample(CHUNKS, seeds)
@@ -68,7 +69,7 @@ def test_refusals(tmp_path: Path) -> None:
     config = ModelConfig.from_path(tmp_path / "text")
     weights = load_weights(tmp_path / "text", config, torch.float32)
     with pytest.raises(errors.CheckpointError, match="expected an interaction block"):
-        GroupSampler(TrainableModel(config, weights, torch.bfloat16), bundled_path("nano"))
+        GroupSampler(TrainableModel(config, weights, torch.bfloat16), BYTE_MODEL)
     rollouts: list[Rollout] = sampler.sample(CHUNKS[:1], [1])
     optimizer = Optimizer(dict(model.named_parameters()), OptimizerConfig())
     with pytest.raises(errors.InvalidArgument, match="advantages: expected 1, got 2"):
