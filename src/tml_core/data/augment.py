@@ -4,6 +4,7 @@ Legend: S samples, R samples of a room's response.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.random import Generator, Philox
@@ -12,6 +13,8 @@ from tml_core.media._checks import Pcm
 from tml_core.media.audio_file import SAMPLE_RATE
 
 __all__ = ["Sound", "apply_sound", "draw_sound"]
+
+_FFT_SIZE: Final = 1 << 15  # of blocks; longer than twice any tail
 
 
 @dataclass(frozen=True)
@@ -44,36 +47,48 @@ def draw_sound(rng: Generator) -> Sound:
 def apply_sound(pcm_S: Pcm, sound: Sound) -> Pcm:
     """The same samples as a microphone would have them: float32 [S] in [-1, 1]."""
     rng = Generator(Philox(key=sound.seed))
-    heard_S = pcm_S.astype(np.float64)
-    level = float(np.sqrt(np.mean(np.square(heard_S[heard_S != 0])))) if pcm_S.any() else 0.05
+    heard_S = np.array(pcm_S, np.float32)
+    spoken = heard_S[heard_S != 0]
+    level = float(np.sqrt(np.mean(np.square(spoken)))) if len(spoken) else 0.05
     if sound.rt60_s:
-        heard_S = _in_room(heard_S, sound, rng)
+        heard_S += _echoes(heard_S, sound, rng)
     noise_S = _noise(len(heard_S), sound.slope, rng)
-    heard_S = heard_S + noise_S * level * 10.0 ** (-sound.snr_db / 20.0)
-    heard_S *= 10.0 ** (sound.gain_db / 20.0)
+    heard_S += noise_S * np.float32(level * 10.0 ** (-sound.snr_db / 20.0))
+    heard_S *= np.float32(10.0 ** (sound.gain_db / 20.0))
     loudest = float(np.abs(heard_S).max(initial=0.0))
     if loudest > 1.0:
         heard_S /= loudest
-    return np.asarray(heard_S, np.float32)
+    return heard_S
 
 
-def _in_room(dry_S: np.ndarray, sound: Sound, rng: Generator) -> np.ndarray:
-    """Direct sound first, then an exponentially decaying tail of noise (Moorer's model)."""
+def _echoes(dry_S: Pcm, sound: Sound, rng: Generator) -> Pcm:
+    """What comes after the direct sound: an exponentially decaying tail of noise (Moorer's model).
+
+    Convolved block by block, overlapping by the tail.
+    """
     num_echoes = round(sound.rt60_s * SAMPLE_RATE)
     time_R = np.arange(num_echoes) / SAMPLE_RATE
     tail_R = rng.standard_normal(num_echoes) * 10.0 ** (-3.0 * time_R / sound.rt60_s)
     tail_R[: SAMPLE_RATE // 500] = 0.0  # the first wall is 2 ms away
     tail_R *= 10.0 ** (sound.echo_db / 20.0) / np.sqrt(np.sum(np.square(tail_R)))
-    tail_R[0] = 1.0
-    size = 1 << (len(dry_S) + num_echoes).bit_length()
-    wet_S = np.fft.irfft(np.fft.rfft(dry_S, size) * np.fft.rfft(tail_R, size), size)
-    return np.asarray(wet_S[: len(dry_S)])
+    block = _FFT_SIZE - num_echoes
+    num_blocks = -(-len(dry_S) // block)
+    blocks = np.zeros((num_blocks, block), np.float32)
+    blocks.reshape(-1)[: len(dry_S)] = dry_S
+    spectra = np.fft.rfft(blocks, _FFT_SIZE) * np.fft.rfft(tail_R.astype(np.float32), _FFT_SIZE)
+    parts = np.fft.irfft(spectra, _FFT_SIZE).astype(np.float32)
+    wet_S = np.zeros(num_blocks * block + num_echoes, np.float32)
+    for index, part in enumerate(parts):
+        wet_S[index * block :][:_FFT_SIZE] += part
+    return wet_S[: len(dry_S)]
 
 
-def _noise(length: int, slope: float, rng: Generator) -> np.ndarray:
-    """Unit power, its spectrum falling as frequency to the minus ``slope``."""
-    size = max(2, 1 << (length - 1).bit_length())
-    spectrum = np.fft.rfft(rng.standard_normal(size))
-    hz = np.maximum(np.fft.rfftfreq(size, 1 / SAMPLE_RATE), 20.0)
-    noise = np.fft.irfft(spectrum * hz ** (-slope / 2.0), size)[:length]
-    return np.asarray(noise / np.sqrt(np.mean(np.square(noise))))
+def _noise(length: int, slope: float, rng: Generator) -> Pcm:
+    """Unit power, its spectrum falling as frequency to the minus ``slope``; every two seconds the
+    same, which it does not show."""
+    parts = rng.standard_normal((_FFT_SIZE // 2 + 1, 2), np.float32)
+    hz = np.maximum(np.fft.rfftfreq(_FFT_SIZE, 1 / SAMPLE_RATE), 20.0)
+    spectrum = parts.view(np.complex64)[:, 0] * (hz ** (-slope / 2.0)).astype(np.float32)
+    period = np.fft.irfft(spectrum, _FFT_SIZE).astype(np.float32)
+    power = np.mean(np.square(period[:length], dtype=np.float64))
+    return np.resize(period / np.float32(np.sqrt(power)), length)

@@ -5,6 +5,7 @@ straight down, outwards positive.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -96,19 +97,10 @@ def draw_scene(rng: Generator, reps: tuple[Rep, ...]) -> Scene:
 def render(scene: Scene, time_s: float) -> Rgb:
     """What a camera sees at that time: uint8 [72, 72, 3]."""
     edge = FRAME_EDGE
-    axis = (np.arange(edge, dtype=np.float32) + 0.5) / edge
-    y_H1, x_1W = axis[:, None], axis[None, :]
     image = np.empty((edge, edge, 3), np.float32)
     image[:] = scene.wall
     image[round(0.88 * edge) :] = scene.floor
-    distance_HW = np.full((edge, edge), np.inf, np.float32)
-    for (x0, y0), (x1, y1), width in _limbs(scene, time_s):
-        dx, dy = x1 - x0, y1 - y0
-        along = ((x_1W - x0) * dx + (y_H1 - y0) * dy) / max(dx * dx + dy * dy, 1e-9)
-        along = np.clip(along, 0.0, 1.0)
-        apart = np.hypot(x_1W - x0 - along * dx, y_H1 - y0 - along * dy) - width
-        np.minimum(distance_HW, apart, out=distance_HW)
-    cover_HW1 = np.clip(0.5 - distance_HW * edge, 0.0, 1.0)[..., None]
+    cover_HW1 = _cover(tuple(_limbs(scene, time_s)))[..., None]
     image += cover_HW1 * (np.array(scene.body, np.float32) - image)
     if scene.grain:
         rng = Generator(Philox(key=[scene.seed, round(time_s * 1000)]))
@@ -119,13 +111,36 @@ def render(scene: Scene, time_s: float) -> Rgb:
 
 
 Point = tuple[float, float]
+Limb = tuple[Point, Point, float]
 
 
-def _limbs(scene: Scene, time_s: float) -> list[tuple[Point, Point, float]]:
+@lru_cache(maxsize=8)
+def _cover(limbs: tuple[Limb, ...]) -> np.ndarray:
+    """How much of each pixel the limbs take: float32 [H, W]; a figure at rest is drawn once."""
+    edge = FRAME_EDGE
+    axis = (np.arange(edge, dtype=np.float32) + 0.5) / edge
+    x0, y0, x1, y1, width = np.array([(*a, *b, half) for a, b, half in limbs], np.float32).T[
+        :, :, None
+    ]
+    dx, dy = x1 - x0, y1 - y0
+    scale = 1.0 / np.maximum(dx * dx + dy * dy, np.float32(1e-9))
+    x_LW, y_LH = axis - x0, axis - y0
+    along_LHW = (y_LH * dy * scale)[:, :, None] + (x_LW * dx * scale)[:, None, :]
+    np.clip(along_LHW, 0.0, 1.0, out=along_LHW)
+    apart_LHW = np.square(x_LW[:, None, :] - along_LHW * dx[..., None])
+    apart_LHW += np.square(y_LH[:, :, None] - along_LHW * dy[..., None])
+    np.sqrt(apart_LHW, out=apart_LHW)
+    apart_LHW -= width[..., None]
+    cover_HW: np.ndarray = np.clip(0.5 - apart_LHW.min(axis=0) * edge, 0.0, 1.0)
+    cover_HW.flags.writeable = False
+    return cover_HW
+
+
+def _limbs(scene: Scene, time_s: float) -> list[Limb]:
     """Segments and their half widths, in the picture."""
     pose = _pose(scene, time_s)
     arms, elbows, thighs, knees, lean = pose[0:2], pose[2:4], pose[4:6], pose[6:8], pose[8]
-    limbs: list[tuple[Point, Point, float]] = []
+    limbs: list[Limb] = []
     width = scene.thickness
     neck = _step((0.0, 0.0), 180.0 - lean, 0.28)
     head = _step(neck, 180.0 - lean, 0.09)

@@ -15,11 +15,11 @@ has said nothing: the same request always gives the same samples.
 
 import ctypes
 import ctypes.util
+import gc
 import json
 import os
 import re
 import sys
-from importlib import metadata
 
 _RETRIEVAL = 2  # AUDIO_OUTPUT_SYNCHRONOUS: espeak_Synth returns when all was handed over
 _UTF8 = 1
@@ -126,6 +126,9 @@ class _Pico:
             import py_nanotts
         except ImportError as error:
             raise OSError(f"the wheel py-nanotts is not here ({error})") from None
+        # Here, for every fork would carry what this loads.
+        from importlib import metadata
+
         self._make = py_nanotts.NanoTTS
         self.version = metadata.version("py-nanotts")
 
@@ -158,6 +161,7 @@ def main() -> None:
         return
     out.write(json.dumps({"version": speaker.version}).encode() + b"\n")
     out.flush()
+    gc.freeze()  # a collection in a fork would copy every page it touches
     while line := sys.stdin.buffer.readline():
         pid = os.fork()
         if pid == 0:

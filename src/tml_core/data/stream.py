@@ -48,17 +48,17 @@ class Interaction:
         """What should be sampled in each tick, as `MicroTurnLayout.encode_session` takes it.
 
         What is too long for a tick goes on in the next ones, and what is due then comes after it.
-        Words said later in a session begin with a space. Raises InvalidArgument where a call is due
+        Every word begins with a space. Raises InvalidArgument where a call is due
         while something goes on, something while a call goes on, or text comes too late.
         """
         tokens = layout.grammar.tokens
         runs: list[list[int]] = []
         going_on: deque[int] = deque()
-        is_calling, has_said, since = False, False, 0
+        is_calling, since = False, 0
         state = layout.initial_state()
-        for tick, chunk in enumerate(self.chunks):
-            state = _advanced(layout.encode_input(_without_media(chunk), state).state)
-            if (due := self.expected.get(tick)) is not None:
+        expected = self.expected
+        for tick in range(len(self.chunks)):
+            if (due := expected.get(tick)) is not None:
                 if going_on and (is_calling or due.call or tick > since + _MAX_LATE_TICKS):
                     raise InvalidArgument(
                         f"script: {self.script.task}: tick {tick} has output, but what came "
@@ -66,11 +66,15 @@ class Interaction:
                     )
                 if not going_on:
                     since = tick
-                text = f" {due.text}" if has_said and due.text else due.text
-                has_said = has_said or bool(text)
+                # A space before every word, so that each has one spelling.
+                text = f" {due.text}" if due.text else ""
                 is_calling = due.call is not None
                 call = None if due.call is None else (due.call[0], dict(due.call[1]))
                 going_on.extend(layout.encode_output(state, text, call))
+            if not going_on:
+                runs.append([tokens.silence])
+                continue
+            # What comes in does not change how the output is spelled.
             output = layout.begin_output(state)
             run: list[int] = []
             while not output.is_done:
@@ -175,12 +179,6 @@ def render_script(script: Script, bank: SpeechBank) -> Interaction:
             )
         )
     return Interaction(script, tuple(chunks))
-
-
-def _without_media(chunk: Chunk) -> Chunk:
-    """What of a chunk matters for spelling the output: neither sound nor pictures."""
-    is_idle = not chunk.items and not chunk.text
-    return Chunk(items=chunk.items, text=chunk.text, is_idle=is_idle)
 
 
 def _advanced(state: object) -> MicroTurnState:
