@@ -17,7 +17,7 @@ FLOORS = {
     "engine": 4,
     "session": 5,
     "background": 6,
-    **dict.fromkeys(["train", "data", "evals", "safety", "serve", "load"], 7),
+    **dict.fromkeys(["train", "data", "evals", "recipes", "safety", "serve", "load"], 7),
     "cli": 8,
     "__main__": 8,
 }
