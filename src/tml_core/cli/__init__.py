@@ -106,6 +106,23 @@ def train(config: Annotated[Path, typer.Argument(help="A run, as TOML.")]) -> No
     run_train(config, Console(highlight=False))
 
 
+@app.command("make")
+def make_model(
+    name: Annotated[str, typer.Argument(help="A recipe: nano.")],
+    out: Annotated[Path, typer.Argument(help="A folder, new or of an interrupted run.")],
+    scale: Annotated[float, typer.Option(help="So many times the recipe's data.")] = 1.0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that make data.")] = 2,
+    cache: Annotated[Path | None, typer.Option(help="Where to keep what engines say.")] = None,
+) -> None:
+    """Make a bundled model from nothing: data, training, weights; goes on where it stopped.
+
+    OUT/recipe.toml may be edited before it goes on.
+    """
+    from tml_core.cli.make import run_make
+
+    run_make(name, out, scale, workers, cache, Console(highlight=False))
+
+
 @app.command()
 def align(
     model: _Model = "nano",
