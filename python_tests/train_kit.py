@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from hf_checkpoints import make_hf_model, save_hf
 from tml_core.layout import Stream
 from tml_core.media.segments import Audio, Block, Image, Tokens
 from tml_core.model.config import ModelConfig
@@ -16,6 +15,9 @@ SAMPLED = (Stream.TEXT, Stream.SILENCE, Stream.CONTROL, Stream.CALL)
 
 def make_checkpoint(folder: Path, shape: str = "mixed") -> Path:
     """A tiny random checkpoint."""
+    # Here, for programs that tests start import this module too, and transformers takes seconds.
+    from hf_checkpoints import make_hf_model, save_hf
+
     return save_hf(make_hf_model(shape, seed=2)[0], folder)
 
 
