@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,10 +21,12 @@ from session_kit import (
     scripted,
     step_by_step,
 )
-from tml_core import Engine, Model, Retention, SamplingParams, Session, errors, load_model
+from tml_core import Chunk, Engine, Model, Retention, SamplingParams, Session, errors, load_model
 from tml_core.contract import PAGE_LEN
 from tml_core.engine.sampler import RowBuffers, SampleRequest, sample_rows
+from tml_core.model import backbone as backbone_module
 from tml_core.model.token_loop import TokenLoop
+from tml_core.ops import hmlp as hmlp_module
 
 
 @pytest.fixture(autouse=True)
@@ -345,3 +348,36 @@ def test_a_cancel_during_a_run_undoes_all_of_it(keep: Any, monkeypatch: pytest.M
                 patch.setattr(TokenLoop, "run", cancelling)
                 assert live(True) == expected
             assert num_calls[0] >= 1
+
+
+def test_pictures_of_one_step_are_encoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give what they give alone, also beside one that cannot be encoded."""
+    random = np.random.default_rng(0)
+    frames = [random.integers(0, 256, (50, 60 + 40 * i, 3), np.uint8) for i in range(3)]
+    chunks = [Chunk(audio=noise(i).audio, frames=[frame]) for i, frame in enumerate(frames)]
+    encode, counts = hmlp_module.hmlp, []
+
+    def counting(patches: torch.Tensor, weights: Any) -> torch.Tensor:
+        counts.append(len(patches))
+        if len(patches) == num_refused[0]:
+            raise RuntimeError("these are too many")
+        return encode(patches, weights)
+
+    num_refused = [0]
+    monkeypatch.setattr(backbone_module, "hmlp", counting)
+    with Engine(nano()) as engine:
+        alone = []
+        for i, chunk in enumerate(chunks):
+            with engine.open(seed=i) as session:
+                alone.append((session.append(chunk).result(WAIT_S).events, session.info()))
+        each = counts[-3:]
+        for num_refused[0], expected_counts in ((0, [sum(each)]), (sum(each), [sum(each), *each])):
+            sessions = [engine.open(seed=i) for i in range(3)]
+            counts.clear()
+            with paused(sessions[0]):
+                turns = [one.append(chunk) for one, chunk in zip(sessions, chunks, strict=True)]
+            for turn, session, (events, info) in zip(turns, sessions, alone, strict=True):
+                assert turn.result(WAIT_S).events == events
+                assert session.info() == info
+                session.close()
+            assert counts == expected_counts

@@ -261,6 +261,34 @@ def test_results_go_where_they_are_wanted(
         step(out_TD=narrow)
 
 
+def test_pictures_encoded_together_are_those_encoded_alone(
+    tiny: dict[torch.dtype, tuple[ModelConfig, Backbone]],
+) -> None:
+    config, backbone = tiny[torch.bfloat16]
+    assert config.vision is not None
+    side, generator = config.vision.patch_size, torch.Generator().manual_seed(5)
+    shape = config.vision.temporal_size, side, side, 3
+    images = [
+        Image(patches=torch.randn(count, *shape, generator=generator)) for count in (3, 1, 300)
+    ]
+    alone = [backbone.embed([Tokens([7]), one]).x_TD for one in images]
+    backbone.encode_together(images)
+    with pytest.MonkeyPatch.context() as patch:
+        # Once each: a picture that comes again is encoded again.
+        patch.setattr(backbone, "_hmlp", None)
+        for image, expected in zip(images, alone, strict=True):
+            assert torch.equal(backbone.embed([Tokens([7]), image]).x_TD, expected)
+        with pytest.raises(errors.InvalidArgument, match="this model has no vision encoder"):
+            backbone.embed(images[:1])
+        with pytest.raises(errors.InvalidArgument, match="this model has no vision encoder"):
+            backbone.encode_together(images)
+    wrong = Image(patches=torch.zeros(1, 2, side + 1, side + 1, 3))
+    with pytest.raises(errors.InvalidArgument, match=r"images\[1\]: patches must be \[P, 2, "):
+        backbone.encode_together([images[0], wrong])
+    assert torch.equal(backbone.embed([Tokens([7]), images[0]]).x_TD, alone[0])
+    backbone.encode_together([])
+
+
 def test_embed_refusals(tiny: dict[torch.dtype, tuple[ModelConfig, Backbone]]) -> None:
     config, backbone = tiny[torch.bfloat16]
     vocab = config.text.vocab_size

@@ -48,6 +48,22 @@ def test_dmel_embed_matches_reference(
     torch.testing.assert_close(y, expected, rtol=TOLERANCE[dtype], atol=1e-5)
 
 
+def test_dmel_embed_writes_where_it_is_told() -> None:
+    generator = torch.Generator().manual_seed(3)
+    bins = torch.randint(0, 4, (5, 3), generator=generator).int()
+    table, weight = torch.randn(12, 17, generator=generator), torch.randn(17, generator=generator)
+    around = torch.full((9, 17), float("nan"))
+    out = around[2:7]
+    assert dmel_embed(bins, table, 4, weight, EPS, out_FH=out) is out
+    assert torch.equal(out, dmel_embed(bins, table, 4, weight, EPS))
+    assert around[:2].isnan().all() and around[7:].isnan().all()
+    with pytest.raises(errors.InvalidArgument, match=r"dmel_embed: out must be of shape \[5, 17\]"):
+        dmel_embed(bins, table, 4, weight, EPS, out_FH=around)
+    table.requires_grad_()
+    with pytest.raises(errors.InvalidArgument, match="dmel_embed: table requires grad"):
+        dmel_embed(bins, table, 4, weight, EPS, out_FH=out)
+
+
 def test_dmel_embed_sums_channels_in_order_and_rounds_once() -> None:
     table, weight = draw(80 * 16, 32, dtype=torch.bfloat16), torch.ones(32, dtype=torch.bfloat16)
     bins = draw_ids(7, 80, high=16).int()

@@ -297,7 +297,7 @@ class EngineLoop:
         ready = [job for job in self._jobs if not job.is_resting]
         if len(ready) < len(self._jobs):
             self._give_up_unread()
-        bringing = [job for job in ready if guarded(job, lambda job=job: self._begin(job))]  # type: ignore[misc]
+        bringing = [job for job in ready if guarded(job, self._begin, job)]
         done = None
         if bringing:
             done = self._stepper.advance(bringing, self.costs, begin_s)

@@ -174,10 +174,15 @@ class Job:
         if step_input is None:
             self._input = None
             return
-        changes = self.parts.carry_changes() if self._phase == _Phase.QUEUED else {}
-        if changes:
-            carry = replace(self.seat.sequence.carry, **changes)
-            step_input = step_input._replace(carry=carry)
+        if self._phase is _Phase.QUEUED:
+            carry = self.parts.carry_after(self.seat.sequence.carry)
+            step_input = StepInput(
+                step_input.sequence,
+                step_input.x_TD,
+                step_input.token_ids,
+                step_input.blocks,
+                carry,
+            )
         self._input = step_input
 
     @property

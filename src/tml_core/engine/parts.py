@@ -3,9 +3,6 @@
 import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from tml_core.engine.seat import Part, Seat, TickRecord
 from tml_core.engine.stats import EngineCounters
@@ -26,6 +23,7 @@ from tml_core.media.audio_file import SAMPLE_RATE
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import Block, Segment
 from tml_core.sequence.sequence import Mark
+from tml_core.sequence.values import Carry
 
 __all__ = ["Parts", "state_after_input"]
 
@@ -86,13 +84,17 @@ class Parts:
         part.silent = half
         return half.state
 
-    def carry_changes(self) -> dict[str, Any]:
-        """What the sequence carries beside KV once the input halves are in."""
+    def carry_after(self, carry: Carry) -> Carry:
+        """What the sequence carries beside KV once the input halves are in; ``carry`` before."""
         last = self.items[-1]
-        changes: dict[str, Any] = {"audio": state_after_input(last).dmel}
-        if last.chunk is not None:
-            changes["clock_ms"] = (last.tick + 1) * TICK_MS
-        return {name: value for name, value in changes.items() if value is not None}
+        audio = state_after_input(last).dmel
+        return Carry(
+            audio=carry.audio if audio is None else audio,
+            frame=carry.frame,
+            num_sampled=carry.num_sampled,
+            num_noise=carry.num_noise,
+            clock_ms=carry.clock_ms if last.chunk is None else (last.tick + 1) * TICK_MS,
+        )
 
     # What is said of them.
 
@@ -199,7 +201,6 @@ def _record(part: Part, events: SequenceOf[Event], last_events: SequenceOf[Event
     """A turn in words; ``events`` of its output, ``last_events`` those it ended with."""
     chunk = part.chunk
     audio_S = None if chunk is None else chunk.audio
-    rms = None if audio_S is None else math.sqrt(float(np.dot(audio_S, audio_S)) / len(audio_S))
     said = [one for one in events if isinstance(one, TextToken)]
     calls = [one for one in events if isinstance(one, ToolCall)]
     done = last_events[-1] if last_events else None
@@ -208,7 +209,7 @@ def _record(part: Part, events: SequenceOf[Event], last_events: SequenceOf[Event
         tick=part.tick,
         t_ms=part.tick * TICK_MS,
         audio_ms=0 if audio_S is None else len(audio_S) * 1000 // SAMPLE_RATE,
-        audio_rms=rms,
+        audio_rms=part.audio_rms,
         num_frames=0 if chunk is None else len(chunk.frames),
         text_in="" if chunk is None or chunk.text is None else chunk.text,
         num_items=num_items,

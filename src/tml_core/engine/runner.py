@@ -203,6 +203,10 @@ class StepRunner:
         begin_s = time.perf_counter()
         h_TD = self._backbone.step(x_TD, batch, self.store.kv)
         self.kernel_s += time.perf_counter() - begin_s
+        if len(rows) == 1:
+            if step:
+                parts[step[0].entry].append(h_TD)
+            return pending, h_TD
         offset = 0
         for index, start, stop in step:
             parts[index].append(h_TD[offset : offset + stop - start])

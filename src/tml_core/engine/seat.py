@@ -3,6 +3,7 @@
 The session object that users hold is only a handle; when it is collected the seat is given up.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, NamedTuple, Protocol
+
+import numpy as np
 
 from tml_core.engine.parking import Parked
 from tml_core.engine.sampler import SamplingParams
@@ -77,7 +80,7 @@ class Part:
     until its turn comes if others are ahead of it. ``taken``: tool results that waited, and go back
     to the session if the turn is undone; ``known``: those of them that went in with it, the others
     were dropped. ``silent``: its output half, closed without the model. ``is_replay``: it was put
-    in before, and nobody reads its turn.
+    in before, and nobody reads its turn. ``audio_rms``: level of its sound, None without.
     """
 
     turn: Turn
@@ -91,6 +94,7 @@ class Part:
     silent: OutputHalf | None = None
     notices: list[Notice] = field(default_factory=list)
     is_replay: bool = False
+    audio_rms: float | None = None
 
 
 class RecentTick(NamedTuple):
@@ -193,6 +197,9 @@ class Seat:
         if chunk is None:
             raise TmlError("turn: it brings nothing to encode")
         part.tick = state.tick
+        audio_S = chunk.audio
+        if audio_S is not None:
+            part.audio_rms = math.sqrt(float(np.dot(audio_S, audio_S)) / len(audio_S))
         if part.is_replay:
             items = tuple(one for one in chunk.items if one.name or state.knows(one.call_id))
             if len(items) < len(chunk.items):

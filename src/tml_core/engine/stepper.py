@@ -5,11 +5,12 @@ drawn last; then all rows that need a token are sampled together. What fails for
 turn alone.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, ParamSpec, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from tml_core.engine.stats import EngineCounters
 from tml_core.engine.token_feed import MAX_AHEAD, FedToken
 from tml_core.errors import PoolExhausted
 from tml_core.layout.state import TokenRun
-from tml_core.media.segments import Block, Segment
+from tml_core.media.segments import Block, Image, Segment
 from tml_core.model.backbone import Backbone
 from tml_core.model.kv_store import KvStore
 from tml_core.model.step_batch import StepBatch
@@ -36,6 +37,8 @@ from tml_core.sequence.sequence import Sequence
 from tml_core.sequence.store import SequenceStore
 
 __all__ = ["Progress", "StepModel", "Stepper", "guarded"]
+
+P = ParamSpec("P")
 
 # Where turns only draw tokens, steps are made without Python for so long: so late a reader may see
 # a token, and the engine a cancel or a new turn. With 0 every step is looked at.
@@ -134,9 +137,11 @@ class Stepper:
         self._x_BD: Tensor | None = None
         self._h_BD: Tensor | None = None
         self._drawn_B: tuple[Tensor, Tensor] | None = None
+        # What only the model on the CPU can do.
+        self._cpu = model.backbone if isinstance(model.backbone, Backbone) else None
         self._loop: TokenLoop | None = None
-        if isinstance(model.backbone, Backbone):
-            self._loop = model.backbone.token_loop(model.store.kv, num_slots, MAX_AHEAD)
+        if self._cpu is not None:
+            self._loop = self._cpu.token_loop(model.store.kv, num_slots, MAX_AHEAD)
 
     @property
     def kernel_s(self) -> float:
@@ -191,7 +196,10 @@ class Stepper:
         """How far each may go without Python; None if one of them may not."""
         if self._loop is None or RUN_S <= 0.0:
             return None
-        runs = [job.run_ahead() for job in talking]
+        try:
+            runs = [job.run_ahead() for job in talking]
+        except Exception:
+            return None  # whose fault it is turns out where it is asked step by step
         known = [run for run in runs if run is not None and run.table is runs[0].table]  # type: ignore[union-attr]
         return known if len(known) == len(runs) else None
 
@@ -271,12 +279,22 @@ class Stepper:
 
     def _pieces(self, jobs: list[Job], costs: CostModel, begin_s: float) -> list[tuple[Job, int]]:
         """What of the inputs goes into this step, beside the tokens that are fed already."""
-        entries = []
-        for job in jobs:
-            if job.is_fed or guarded(job, lambda job=job: self._prepare(job)):  # type: ignore[misc]
-                entries.append(job)
+        self._encode_pictures(jobs)
+        entries = [job for job in jobs if job.is_fed or guarded(job, self._prepare, job)]
         step = compose(entries, self._model.runner.max_step_tokens, costs, begin_s)
         return [(job, count) for job, count in step if not job.is_fed]
+
+    def _encode_pictures(self, jobs: list[Job]) -> None:
+        """Encode the pictures of several turns together; if they cannot be, each is by itself,
+        which tells whose fault it is."""
+        new = [job for job in jobs if not (job.is_fed or job.is_prepared)]
+        images = [one for job in new for one in job.segments if isinstance(one, Image)]
+        if len(images) < 2 or self._cpu is None:
+            return
+        begin_s = time.perf_counter()
+        with contextlib.suppress(Exception):
+            self._cpu.encode_together(images)
+        self._other_kernel_s += time.perf_counter() - begin_s
 
     def _end_step(
         self,
@@ -294,12 +312,12 @@ class Stepper:
         self._counters.step_tokens += num_tokens
         wanting, rows = [], []
         for job, h_TD in done:
-            if guarded(job, lambda job=job, h_TD=h_TD: job.end_step(h_TD, costs, num_rows)):  # type: ignore[misc]
+            if guarded(job, job.end_step, h_TD, costs, num_rows):
                 wanting.append(job)
                 rows.append(job.hidden)
         kept = []
         for row, job in enumerate(talking):
-            if guarded(job, lambda job=job: job.end_token(num_rows)):  # type: ignore[misc]
+            if guarded(job, job.end_token, num_rows):
                 wanting.append(job)
                 kept.append(row)
         if wanting:
@@ -336,7 +354,7 @@ class Stepper:
         found = []
         for job, count in step:
             job.prepare(None)
-            if guarded(job, lambda job=job: self._prepare(job)):  # type: ignore[misc]
+            if guarded(job, self._prepare, job):
                 found += self._append([(job, count)])
         return found
 
@@ -365,10 +383,10 @@ class Stepper:
                 job.fail(error)
 
 
-def guarded(job: Job, act: Callable[[], bool | None]) -> bool:
+def guarded(job: Job, act: Callable[P, bool | None], *args: P.args, **kwargs: P.kwargs) -> bool:
     """Run one turn's own part; its error ends that turn alone, and counts as False."""
     try:
-        return bool(act())
+        return bool(act(*args, **kwargs))
     except Exception as error:
         job.fail(error)
         return False

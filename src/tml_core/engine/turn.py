@@ -396,9 +396,10 @@ def end_together(endings: Sequence[Ending], settle: Callable[[], None]) -> bool:
     ``settle`` makes the result the session's, before any reader can see an end. False, with nothing
     done, if a cancel came in between that the events do not answer.
     """
-    with contextlib.ExitStack() as stack:
-        for one in endings:
-            stack.enter_context(one.turn._changed)
+    with contextlib.ExitStack() if len(endings) > 1 else endings[0].turn._changed as stack:
+        if isinstance(stack, contextlib.ExitStack):
+            for one in endings:
+                stack.enter_context(one.turn._changed)
         if not all(one.turn._can_end(one.events, one.error) for one in endings):
             return False
         now_s = time.perf_counter()

@@ -5,8 +5,11 @@ Shape suffixes: T tokens, D hidden size, V vocabulary, B rows to sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tml_core.errors import InvalidArgument, InvalidType
@@ -62,6 +65,8 @@ class Backbone:
             self._dmel_table = weights.pop(audio + "embed_audio_tokens.embed_audio_tokens.weight")
             self._dmel_norm = weights.pop(audio + "norm.weight")
         self._hmlp = self._take_hmlp(weights)
+        # Pictures that were encoded beforehand; those that nobody embeds any more leave no trace.
+        self._encoded: WeakKeyDictionary[Image, Tensor] = WeakKeyDictionary()
         self._head = pack_weight(weights.pop("lm_head.weight"))
         self.decoder = Decoder(text, weights, dtype)
         if weights:
@@ -79,24 +84,33 @@ class Backbone:
         Raises InvalidArgument for a token id, level or patch the model does not have, for a
         modality it lacks, and for audio given as pcm; nothing is kept of a refused call.
         """
-        rows: list[Tensor] = []
-        ids: list[Tensor] = []
+        ids: list[NDArray[np.int64]] = []
+        media: list[tuple[int, int, Tensor]] = []  # from where to where, levels or embeddings
         blocks: list[tuple[int, int]] = []
         num_tokens = 0
         for segment in segments:
             start = num_tokens
             for piece in segment.segments if isinstance(segment, Block) else (segment,):
-                x_TD, token_ids = self._embed_piece(piece)
-                rows.append(x_TD)
-                ids.append(token_ids)
-                num_tokens += x_TD.shape[0]
+                if isinstance(piece, Tokens):
+                    found = torch.as_tensor(piece.ids).numpy()
+                else:
+                    part = self._encode(piece)
+                    found = np.zeros(len(part), np.int64)
+                    media.append((num_tokens, num_tokens + len(part), part))
+                ids.append(found)
+                num_tokens += len(found)
             if isinstance(segment, Block) and num_tokens > start:
                 blocks.append((start, num_tokens))
-        if len(rows) == 1:
-            return EmbeddedSegments(rows[0], ids[0], tuple(blocks))
-        empty_TD = torch.empty(0, self.config.text.hidden_size, dtype=self.dtype)
-        x_TD = torch.cat(rows) if rows else empty_TD
-        token_ids = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
+        # One embedding of all positions, written over where there is sound or a picture.
+        ids_T = np.concatenate(ids) if ids else np.zeros(0, np.int64)
+        token_ids = torch.from_numpy(ids_T)
+        x_TD = self.embed_ids(token_ids)
+        for start, end, part in media:
+            if part.dtype == torch.int32:
+                self._embed_levels(part, x_TD[start:end])
+            else:
+                x_TD[start:end] = part
+            ids_T[start:end] = -1
         return EmbeddedSegments(x_TD, token_ids, tuple(blocks))
 
     def embed_ids(self, ids_T: Tensor, *, out_TD: Tensor | None = None) -> Tensor:
@@ -129,41 +143,63 @@ class Backbone:
         embed = self._embed_table, self._embed_norm, self.config.text.rms_eps
         return TokenLoop(self.decoder, embed, self._head, self.vocab_size, kv, max_rows, max_run)
 
-    def _embed_piece(self, piece: Segment) -> tuple[Tensor, Tensor]:
-        if isinstance(piece, Tokens):
-            ids = torch.as_tensor(piece.ids)
-            x_TD = embed(ids, self._embed_table, self._embed_norm, self.config.text.rms_eps)
-            return x_TD, ids
-        if isinstance(piece, Audio):
-            x_TD = self._embed_audio(piece)
-        elif isinstance(piece, Image):
-            x_TD = self._embed_image(piece)
-        else:
+    def _encode(self, piece: Segment) -> Tensor:
+        """Levels of sound int32 [F, M], or the embeddings [P, D] of a picture."""
+        if isinstance(piece, Image):
+            return self._embed_image(piece)
+        if not isinstance(piece, Audio):
             raise InvalidType(
                 f"segments: expected Tokens, Audio, Image or Block, got {type(piece).__name__}"
             )
-        return x_TD, torch.full((x_TD.shape[0],), -1, dtype=torch.int64)
-
-    def _embed_audio(self, audio: Audio) -> Tensor:
-        config = self.config.audio
-        if config is None:
+        if self.config.audio is None:
             raise InvalidArgument("segments: this model has no audio encoder")
-        if audio.bins is None:
+        if piece.bins is None:
             raise InvalidArgument("segments: expected Audio(bins=...), got pcm")
-        return dmel_embed(
-            audio.bins, self._dmel_table, config.num_levels, self._dmel_norm, ENCODER_NORM_EPS
-        )
+        return piece.bins
+
+    def _embed_levels(self, bins_FM: Tensor, out_FD: Tensor) -> None:
+        config = self.config.audio
+        assert config is not None  # _encode has seen to it
+        table_VD, norm_D = self._dmel_table, self._dmel_norm
+        dmel_embed(bins_FM, table_VD, config.num_levels, norm_D, ENCODER_NORM_EPS, out_FH=out_FD)
+
+    def encode_together(self, images: Sequence[Image]) -> None:
+        """Encode pictures in one go, which reads the encoder's weights once; the next `embed` of
+        each takes it from there. A picture's bits do not depend on the others.
+
+        Raises InvalidArgument, with nothing kept, for one the model does not take.
+        """
+        patches = [self._patches(image) for image in images]
+        if not patches:
+            return
+        encoder = self._encoder()
+        for index, one in enumerate(patches):
+            if tuple(one.shape[1:]) != encoder.patch_shape:
+                raise InvalidArgument(
+                    f"images[{index}]: patches must be [P, "
+                    f"{', '.join(map(str, encoder.patch_shape))}], got {list(one.shape)}"
+                )
+        parts = hmlp(torch.cat(patches), encoder).split([len(one) for one in patches])
+        self._encoded.update(zip(images, parts, strict=True))
 
     def _embed_image(self, image: Image) -> Tensor:
-        if self.config.vision is None or self._hmlp is None:
+        known_PD = self._encoded.pop(image, None)
+        return hmlp(self._patches(image), self._encoder()) if known_PD is None else known_PD
+
+    def _encoder(self) -> HmlpWeights:
+        if self._hmlp is None:
+            raise InvalidArgument("segments: this model has no vision encoder")
+        return self._hmlp
+
+    def _patches(self, image: Image) -> Tensor:
+        if self.config.vision is None:
             raise InvalidArgument("segments: this model has no vision encoder")
         patches = image.patches
         if patches is None:
             assert image.rgb is not None  # Image holds one of the two
-            patches = image_patches(
-                image.rgb, image.second, patch_size=self.config.vision.patch_size
-            )
-        return hmlp(patches, self._hmlp)
+            size = self.config.vision.patch_size
+            patches = image_patches(image.rgb, image.second, patch_size=size)
+        return patches
 
     def _take_hmlp(self, weights: dict[str, Tensor]) -> HmlpWeights | None:
         config = self.config.vision

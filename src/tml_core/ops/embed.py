@@ -44,17 +44,28 @@ def embed(
 
 
 def dmel_embed(
-    bins_FC: Tensor, table_VH: Tensor, num_levels: int, weight_H: Tensor, eps: float
+    bins_FC: Tensor,
+    table_VH: Tensor,
+    num_levels: int,
+    weight_H: Tensor,
+    eps: float,
+    *,
+    out_FH: Tensor | None = None,
 ) -> Tensor:
     """rms_norm of the sum over channels c of table[c * num_levels + bins[f, c]].
 
     bins_FC: int32 [F, C]; table_VH: [C * num_levels, H] fp32 or bf16; weight_H: [H], same dtype.
-    The sum is fp32 in ascending c, rounded once. Returns [F, H]. Differentiable in table and
-    weight. Off the CPU this is ``dmel_embed_reference``. Raises InvalidArgument, before anything
-    is written, on a bin outside [0, num_levels), and on another dtype, shape or layout.
+    The sum is fp32 in ascending c, rounded once. Returns [F, H], which is ``out_FH`` where given
+    (CPU, not differentiable). Differentiable in table and weight. Off the CPU this is
+    ``dmel_embed_reference``. Raises InvalidArgument, before anything is written, on a bin outside
+    [0, num_levels), and on another dtype, shape or layout.
     """
     if not table_VH.is_cpu:
         return dmel_embed_reference(bins_FC, table_VH, num_levels, weight_H, eps)
+    if out_FH is not None:
+        refuse_grad("dmel_embed", table=table_VH, weight=weight_H)
+        _ext.dmel_embed(bins_FC, table_VH, num_levels, weight_H, eps, out_FH, num_threads())
+        return out_FH
     run = _dmel_embed if is_recorded(table_VH, weight_H) else _dmel_embed_kernel
     y_FH: Tensor = run(bins_FC, table_VH, num_levels, weight_H, eps)
     return y_FH

@@ -7,7 +7,7 @@ can be both shared with another sequence and about to be written: it is copied f
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ def pages_for(num_positions: int) -> int:
     return -(-num_positions // PAGE_LEN)
 
 
-@dataclass(frozen=True)
-class Pin:
+class Pin(NamedTuple):
     """What a mark needs of a table: the pages [floor, end), as they were when it was taken."""
 
     serial: int
@@ -37,8 +36,7 @@ def _serial(pin: Pin) -> int:
     return pin.serial
 
 
-@dataclass(frozen=True)
-class _Growth:
+class _Growth(NamedTuple):
     end: int  # before
     shared_page: int | None = None  # logical page that was copied, and what it was a copy of
     shared_id: int = -1
@@ -229,6 +227,8 @@ class PageTable:
         return copy
 
     def _release_pinned(self, pages: Iterable[int]) -> None:
+        if not self.pinned:
+            return
         ids = [self.pinned.pop(page) for page in pages if page in self.pinned]
         self.pool.release(np.array(ids, np.int32))
 

@@ -56,6 +56,11 @@ class Mark:
         self.chain: Final = chain
         self.conv: Tensor | None = conv
 
+    def __del__(self) -> None:
+        # Any thread may collect it: the sequence's own takes the note.
+        if self.conv is not None:
+            self.sequence.note_dropped(self)
+
     @property
     def is_live(self) -> bool:
         """Whether the sequence can still rewind to it (eviction aside)."""
@@ -63,11 +68,12 @@ class Mark:
 
     def release(self) -> None:
         """Give up the mark and what it keeps; a second time does nothing."""
-        if self.is_live:
-            self.sequence.slot.sliding.unpin(self.pin.serial)
         conv, self.conv = self.conv, None
-        if conv is not None:
-            self.sequence.store.spare_conv(conv)
+        if conv is None:
+            return
+        if not self.sequence.is_closed:
+            self.sequence.slot.sliding.unpin(self.pin.serial)
+        self.sequence.store.spare_conv(conv)
 
 
 class Sequence:
@@ -256,9 +262,11 @@ class Sequence:
         slot = self._idle_slot("mark")
         self._last_serial += 1
         pin = slot.sliding.pin(self._last_serial)
-        mark = Mark(self, pin, self.store.copy_conv(slot.conv), self.log.chain())
-        weakref.finalize(mark, self._dropped_marks.append, pin.serial).atexit = False
-        return mark
+        return Mark(self, pin, self.store.copy_conv(slot.conv), self.log.chain())
+
+    def note_dropped(self, mark: Mark) -> None:
+        """Release a mark that nobody holds any more, before anything else is done."""
+        self._dropped_marks.append(mark.pin.serial)
 
     def rewind(self, mark: Mark) -> None:
         """Go back to a mark, which stays usable; marks taken after it are left behind.
