@@ -1,7 +1,8 @@
 """What a training run is told: a TOML file, read into frozen dataclasses that refuse unknown keys.
 
     [model]     path, dtype, device, recompute, compile
-    [data]      path, weights, batch_tokens, max_positions, seed, shuffle, buffer, skip_corrupt
+    [data]      path, weights, batch_tokens, max_positions, seed, shuffle, buffer, spec_augment,
+                skip_corrupt
     [optimizer] kind, learning_rate, ..., clip_norm, accumulate, router_bias_rate
     [loss]      the weight of each stream
     [eval]      path, every, num_batches
@@ -77,7 +78,8 @@ class DataConfig:
     which a longer transcript has alone. ``max_positions``: of one transcript, 0 for the model's own
     limit. ``seed`` and the epoch decide the order; without ``shuffle`` it is the data's own.
     ``buffer``: transcripts of an endless stream that are held, shuffled and cut into batches
-    together. ``skip_corrupt``: go on without a damaged shard."""
+    together. ``spec_augment``: the share of what is heard that is masked and tinted anew each time,
+    0 for none. ``skip_corrupt``: go on without a damaged shard."""
 
     path: Paths
     weights: Numbers = ()
@@ -86,10 +88,13 @@ class DataConfig:
     seed: int = 0
     shuffle: bool = True
     buffer: int = 256
+    spec_augment: float = 0.0
     skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
         _at_least("data", self, batch_tokens=1, max_positions=0, seed=0, buffer=1)
+        if not 0 <= self.spec_augment <= 1:
+            raise InvalidArgument(f"data.spec_augment: expected 0 to 1, got {self.spec_augment}")
         if not self.paths:
             raise InvalidArgument("data.path: expected at least one path, got an empty list")
         if self.weights and len(self.weights) != len(self.paths):

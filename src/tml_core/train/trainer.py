@@ -29,6 +29,7 @@ from tml_core.train.module import ModelOutput, TrainableModel
 from tml_core.train.optimizer import Optimizer, clip_gradients
 from tml_core.train.packing import PackedBatch
 from tml_core.train.run_lock import RunLock
+from tml_core.train.spec_augment import spec_augment
 
 __all__ = ["Trainer", "TrainingStopped", "finished"]
 
@@ -294,13 +295,23 @@ class Trainer:
     def _next_batches(self) -> tuple[list[PackedBatch], int, Place | None]:
         """The batches of a step, the epoch of the last, and the place behind it in a stream."""
         draws = list(itertools.islice(self._draws, self.config.optimizer.accumulate))
-        return [self._pack(draw) for draw in draws], draws[-1].epoch, draws[-1].next_place
+        batches = [self._altered(self._pack(draw), index) for index, draw in enumerate(draws)]
+        return batches, draws[-1].epoch, draws[-1].next_place
 
     def _pack(self, draw: Draw) -> PackedBatch:
         longest = self.config.data.max_positions or None
         config = self.model_config
         batch = PackedBatch.pack(draw.transcripts, config, max_positions=longest)
         return batch.to(self._device)
+
+    def _altered(self, batch: PackedBatch, index: int) -> PackedBatch:
+        """``batch``, the step's number ``index``, as it is learned from."""
+        data, audio = self.config.data, self.model_config.audio
+        if audio is None or not data.spec_augment:
+            return batch
+        place = (data.seed, self.step, index)
+        bins_FM = spec_augment(batch.bins.cpu(), audio.num_levels, data.spec_augment, *place)
+        return replace(batch, bins=bins_FM.to(self._device))
 
     def _accumulate(self, batches: list[PackedBatch]) -> _Sums:
         """Gradients of the weighted mean over all positions of ``batches``, and what was seen."""
