@@ -208,7 +208,9 @@ class _Tables(NamedTuple):
     def magnitude(self, energy_M: NDArray[np.float64]) -> NDArray[np.float64]:
         """A spectrum [N] whose mel energies are ``energy_M``."""
         spread_N = (energy_M[self.channel_NC] * self.share_NC).sum(axis=1)
-        magnitude_N = ((energy_M / self.norm_M)[self.channel_NC] * self.share_NC).sum(axis=1)
+        magnitude_N: NDArray[np.float64] = (
+            (energy_M / self.norm_M)[self.channel_NC] * self.share_NC
+        ).sum(axis=1)
         for _ in range(12):
             got_M = (magnitude_N[self.index_MK] * self.weight_MK).sum(axis=1)
             back_N = (got_M[self.channel_NC] * self.share_NC).sum(axis=1)

@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from tml_core.contract import CONV_TAPS
-from tml_core.errors import CheckpointError, InvalidArgument, Unsupported
+from tml_core.errors import CheckpointError, InvalidArgument
+from tml_core.model.audio_out_config import (
+    AudioOutConfig,
+    audio_out_to_dict,
+    read_audio_out,
+)
 from tml_core.model.config_block import (
     IGNORED_KEYS,
     IGNORED_TEXT_KEYS,
@@ -28,6 +33,7 @@ __all__ = [
     "CONTROL_TOKEN_NAMES",
     "ENCODER_NORM_EPS",
     "AudioConfig",
+    "AudioOutConfig",
     "ControlTokens",
     "HmlpLayer",
     "InteractionConfig",
@@ -191,6 +197,7 @@ class InteractionConfig:
 
     ``max_text_per_tick`` bounds the text tokens the model may write in one tick,
     ``max_injected_per_tick`` the typed, tool-result and background tokens put in before them.
+    ``audio_out``: the head it speaks with, None where it only writes.
     """
 
     tokens: ControlTokens
@@ -198,6 +205,7 @@ class InteractionConfig:
     max_injected_per_tick: int
     version: int = LAYOUT_VERSION
     tick_ms: int = TICK_MS
+    audio_out: AudioOutConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -228,7 +236,7 @@ class ModelConfig:
         """Read a parsed ``config.json``.
 
         Raises `CheckpointError` naming the key and value that is missing, unknown or not
-        implemented, and `Unsupported` for an audio-out head.
+        implemented.
         """
         return _read_model(raw, {}, "config")
 
@@ -276,7 +284,10 @@ class ModelConfig:
                 },
             }
         if self.interaction is not None:
-            out["interaction"] = {**asdict(self.interaction), "audio_out": None}
+            out["interaction"] = {
+                **asdict(self.interaction),
+                "audio_out": audio_out_to_dict(self.interaction.audio_out),
+            }
         if not self.is_trained:
             out["trained"] = False
         if self.init_seed is not None:
@@ -350,7 +361,8 @@ def _read_model(raw: object, processor: Mapping[str, Any], source: str) -> Model
     interaction = None
     if interaction_raw is not None:
         block = Block(interaction_raw, f"{source}: interaction")
-        interaction = _read_interaction(block, text.unpadded_vocab_size)
+        num_mel_bins = None if audio is None else audio.num_mel_bins
+        interaction = _read_interaction(block, text.unpadded_vocab_size, num_mel_bins)
     return ModelConfig(
         text=text,
         audio=audio,
@@ -518,11 +530,12 @@ def _read_vision(block: Block, hidden_size: int) -> VisionConfig:
     return vision
 
 
-def _read_interaction(block: Block, num_ids: int) -> InteractionConfig:
+def _read_interaction(block: Block, num_ids: int, num_mel_bins: int | None) -> InteractionConfig:
     block.fixed("version", LAYOUT_VERSION, is_required=True)
     block.fixed("tick_ms", TICK_MS)
-    if block.take("audio_out", None) is not None:
-        raise Unsupported(f"{block.where}: audio_out needs a flow head, which is not implemented")
+    audio_out = read_audio_out(
+        block.take("audio_out", None), f"{block.where}.audio_out", num_mel_bins
+    )
     tokens_block = Block(block.take("tokens"), f"{block.where}.tokens")
     ids: dict[str, int] = {}
     for field in fields(ControlTokens):
@@ -538,6 +551,7 @@ def _read_interaction(block: Block, num_ids: int) -> InteractionConfig:
         tokens=ControlTokens(**ids),
         max_text_per_tick=block.integer("max_text_per_tick"),
         max_injected_per_tick=block.integer("max_injected_per_tick", minimum=0),
+        audio_out=audio_out,
     )
     block.close()
     return interaction

@@ -26,6 +26,7 @@ from torch import Tensor
 from tml_core.contract import CONV_TAPS
 from tml_core.errors import CheckpointError, InvalidArgument
 from tml_core.model.config import ModelConfig
+from tml_core.model.flow import flow_shapes
 
 __all__ = ["expected_shapes", "is_kept_fp32", "load_weights", "random_weights", "save_weights"]
 
@@ -130,6 +131,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
             if layer_plan.has_norm:
                 shapes[prefix + "layer_norm.weight"] = (layer_plan.out_width,)
         shapes["model.vision_tower.final_norm.weight"] = (hidden,)
+    if config.interaction is not None and config.interaction.audio_out is not None:
+        shapes.update(flow_shapes(config.interaction.audio_out, hidden))
     shapes["lm_head.weight"] = (text.vocab_size, hidden)
     return shapes
 

@@ -6,9 +6,19 @@ Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["VOCABULARY_STREAM", "gumbel_reference", "philox4x32_reference"]
+__all__ = [
+    "FLOW_STREAM",
+    "FLOW_TRAIN_STREAM",
+    "VOCABULARY_STREAM",
+    "gumbel_reference",
+    "philox4x32_reference",
+]
 
-VOCABULARY_STREAM = 0  # last counter word of draws over the vocabulary
+# Last counter word: of draws over the vocabulary, of the noise a flow head starts from, of the
+# noise and times it is trained with.
+VOCABULARY_STREAM = 0
+FLOW_STREAM = 1
+FLOW_TRAIN_STREAM = 2
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
