@@ -194,7 +194,7 @@ def test_the_command_shows_and_writes(
     reports = run_eval(options, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "words repeated" in shown
-    assert "This model is untrained" in shown
+    assert "nano is untrained" in shown
     assert [one.player for one in reports] == ["nano", "silent"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         "nano.json",

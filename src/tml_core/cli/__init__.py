@@ -202,14 +202,17 @@ def evaluate(
     suites: Annotated[
         list[str] | None, typer.Argument(help="Suites by name, or all.", show_default="all")
     ] = None,
-    model: _Model = "nano",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="nano or a checkpoint directory; again for another beside it."),
+    ] = None,
     items: Annotated[int, typer.Option(min=1, help="Interactions of each task.")] = 100,
     split: Annotated[
         str, typer.Option(help="held_out to measure; train, with another seed, to choose by.")
     ] = "held_out",
     seed: Annotated[int, typer.Option(min=0, help="Of the interactions.")] = 0,
     baselines: Annotated[
-        str, typer.Option(help="silent, no-clock, with commas between; all or none.")
+        str, typer.Option(help="silent, cascade, no-clock, with commas between; all or none.")
     ] = "silent",
     sessions: Annotated[int, typer.Option(min=1, help="Played at a time.")] = 16,
     dtype: _Dtype = "bfloat16",
@@ -228,7 +231,7 @@ def evaluate(
     names = every.get(baselines, tuple(one for one in baselines.split(",") if one))
     options = EvalOptions(
         suites=tuple(suites or ["all"]),
-        model=model,
+        models=tuple(model or ["nano"]),
         num_items=items,
         seed=seed,
         split=as_split(split),

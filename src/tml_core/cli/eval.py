@@ -11,6 +11,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -20,31 +21,41 @@ from rich.text import Text
 
 from tml_core.data import SpeechBank, cache_folder
 from tml_core.data.bank import SPLITS, Split
-from tml_core.engine.model import Model, load_model
+from tml_core.engine.model import load_model
 from tml_core.errors import InvalidArgument
-from tml_core.evals import SUITES, ModelPlayer, Player, Report, Score, SilentPlayer, evaluate
+from tml_core.evals import (
+    SUITES,
+    CascadePlayer,
+    ModelPlayer,
+    Player,
+    Report,
+    Score,
+    SilentPlayer,
+    evaluate_all,
+)
+from tml_core.evals.plot import plot_reports
 from tml_core.evals.suites import chosen_suites
 
 __all__ = ["BASELINES", "EvalOptions", "as_split", "run_eval"]
 
 _QUIET, _GOOD, _BAD = "grey62", "spring_green3", "red1"
 
-# Name, and who that is, given the model.
-BASELINES: Final[dict[str, Callable[[Model, int], Player]]] = {
-    "silent": lambda _model, _sessions: SilentPlayer(),
-    "no-clock": lambda model, sessions: ModelPlayer(
-        model, name="no-clock", num_sessions=sessions, has_clock=False
-    ),
+# Name, and who that is, given the first model.
+BASELINES: Final[dict[str, Callable[[ModelPlayer], Player]]] = {
+    "silent": lambda _player: SilentPlayer(),
+    "cascade": lambda _player: CascadePlayer(),
+    "no-clock": lambda player: player.without_clock(),
 }
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Which suites of what model, beside which of `BASELINES`. ``out``: a folder for a JSON a
-    player. ``is_markdown``: print the table as Markdown, and nothing else."""
+    """Which suites of which models, beside which of `BASELINES` of the first. ``out``: a folder for
+    a JSON a player and the picture ``eval.png``. ``is_markdown``: print only the table, as
+    Markdown."""
 
     suites: tuple[str, ...] = ("all",)
-    model: str = "nano"
+    models: tuple[str, ...] = ("nano",)
     num_items: int = 100
     seed: int = 0
     split: Split = "held_out"
@@ -75,32 +86,46 @@ def run_eval(options: EvalOptions, console: Console) -> list[Report]:
             raise InvalidArgument(f"baselines: expected some of {list(BASELINES)}, got {name!r}")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-    model = load_model(options.model, dtype=options.dtype, max_sequences=options.num_sessions)
-    players: list[Player] = [
-        ModelPlayer(model, name=Path(options.model).name, num_sessions=options.num_sessions)
-    ]
-    players += [BASELINES[name](model, options.num_sessions) for name in options.baselines]
-    reports = []
-    with SpeechBank(cache=cache_folder()) as bank:
-        for player in players:
-            with _bar(console, player.name) as watch:
-                report = evaluate(
-                    player,
-                    [suite.name for suite in suites],
-                    options.num_items,
-                    options.seed,
-                    split=options.split,
-                    bank=bank,
-                    watch=watch,
-                )
-            reports.append(report)
-            if options.out is not None:
-                report.write(options.out / f"{player.name}.json")
+    names = _names(options.models)
+    models = [_load(options, *pair) for pair in zip(options.models, names, strict=True)]
+    players: list[Player] = [*models]
+    players += [BASELINES[name](models[0]) for name in options.baselines]
+    with SpeechBank(cache=cache_folder()) as bank, _bar(console) as watch:
+        reports = evaluate_all(
+            players,
+            [suite.name for suite in suites],
+            options.num_items,
+            options.seed,
+            split=options.split,
+            bank=bank,
+            watch=watch,
+        )
+    if options.out is not None:
+        for report in reports:
+            report.write(options.out / f"{report.player.replace(' ', '-')}.json")
+        plot_reports(reports, options.out / "eval.png")
     if options.is_markdown:
         console.print(markdown(reports), markup=False, soft_wrap=True)
     else:
-        console.print(_view(reports, model), soft_wrap=True)
+        untrained = [one.name for one in models if not one.model.is_trained]
+        console.print(_view(reports, untrained), soft_wrap=True)
     return reports
+
+
+def _load(options: EvalOptions, path: str, name: str) -> ModelPlayer:
+    model = load_model(path, dtype=options.dtype, max_sequences=options.num_sessions)
+    return ModelPlayer(model, name=name)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """As much of the ends of the paths as tells them apart."""
+    if len(set(paths)) < len(paths):
+        raise InvalidArgument(f"model: expected different ones, got {list(paths)}")
+    parts = [Path(path).parts for path in paths]
+    num = 1
+    while len(set(names := ["-".join(one[-num:]).strip("/") for one in parts])) < len(paths):
+        num += 1
+    return names
 
 
 def markdown(reports: Sequence[Report]) -> str:
@@ -117,8 +142,8 @@ def markdown(reports: Sequence[Report]) -> str:
     return "\n".join([*lines, "", _footnote(reports[0])])
 
 
-def _view(reports: Sequence[Report], model: Model) -> RenderableType:
-    table = Table("suite", "what", header_style=_QUIET, box=None, pad_edge=False, padding=(0, 2))
+def _view(reports: Sequence[Report], untrained: Sequence[str]) -> RenderableType:
+    table = Table("suite", header_style=_QUIET, box=None, pad_edge=False, padding=(0, 1))
     for one in reports:
         table.add_column(one.player, justify="right")
     table.add_column("aim", justify="right", style=_QUIET)
@@ -126,9 +151,10 @@ def _view(reports: Sequence[Report], model: Model) -> RenderableType:
         suite = SUITES[name]
         reached = suite.reaches(score.value)
         style = "" if reached is None else _GOOD if reached else _BAD
-        cells = [Text(_cell(name, score), style=style)]
-        cells += [Text(_cell(name, one.scores[name])) for one in reports[1:]]
-        table.add_row(name, Text(suite.title, style=_QUIET), *cells, _aim(name))
+        cells = [_two_lines(name, score, style)]
+        cells += [_two_lines(name, one.scores[name], "") for one in reports[1:]]
+        title = Text.assemble(name, "\n", (suite.title, _QUIET))
+        table.add_row(title, *cells, _aim(name))
     parts: list[RenderableType] = [table, Text(), _details(reports[0]), Text()]
     parts += [Text(_footnote(reports[0]), style=_QUIET)]
     parts += [
@@ -138,9 +164,15 @@ def _view(reports: Sequence[Report], model: Model) -> RenderableType:
         )
         for one in reports
     ]
-    if not model.is_trained:
-        parts.append(Text("This model is untrained: what it says is noise.", style=_BAD))
+    parts += [
+        Text(f"{name} is untrained: what it says is noise.", style=_BAD) for name in untrained
+    ]
     return Group(*parts)
+
+
+def _two_lines(name: str, score: Score, style: str) -> Text:
+    value, _, interval = _cell(name, score).partition(" [")
+    return Text.assemble((value, style), ("\n[" + interval if interval else "", _QUIET))
 
 
 def _details(report: Report) -> RenderableType:
@@ -183,8 +215,8 @@ def _footnote(report: Report) -> str:
 
 
 @contextmanager
-def _bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of items; nothing where the console is no terminal."""
+def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a player; nothing where the console is no terminal."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -195,6 +227,12 @@ def _bar(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
         transient=True,
         disable=not console.is_terminal,
     )
+    shown: dict[str, TaskID] = {}
+
+    def watch(name: str, done: int, total: int) -> None:
+        if name not in shown:
+            shown[name] = bar.add_task(name, total=total)
+        bar.update(shown[name], completed=done)
+
     with bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield watch

@@ -1,6 +1,6 @@
 """How well a model does what it should in time: suites of held-out interactions, played live.
 
-    from tml_core.evals import evaluate
+    from tml_core.evals import evaluate, evaluate_all
     report = evaluate("path/to/model", "timespeak", num_items=200)
     report.scores["timespeak"]                 # value, interval, groups
 
@@ -9,7 +9,8 @@ one file a suite in suites/) and what comes of it (suite, report). Needs the ext
 makes the interactions.
 """
 
-from tml_core.evals.evaluate import evaluate
+from tml_core.evals.cascade import CascadePlayer
+from tml_core.evals.evaluate import evaluate, evaluate_all
 from tml_core.evals.item import Item, make_items
 from tml_core.evals.played import Call, Played, Word
 from tml_core.evals.player import ModelPlayer, Player, SilentPlayer
@@ -20,6 +21,7 @@ from tml_core.evals.suites import SUITES
 __all__ = [
     "SUITES",
     "Call",
+    "CascadePlayer",
     "Item",
     "Mark",
     "ModelPlayer",
@@ -32,5 +34,6 @@ __all__ = [
     "Suite",
     "Word",
     "evaluate",
+    "evaluate_all",
     "make_items",
 ]

@@ -2,7 +2,10 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Final
 
 from tml_core.data import SpeechBank, cache_folder
 from tml_core.data.bank import SPLITS, Split
@@ -16,9 +19,12 @@ from tml_core.evals.suite import Suite
 from tml_core.evals.suites import chosen_suites, tasks_of
 from tml_core.media.micro_turns import TICK_MS
 
-__all__ = ["NUM_SESSIONS", "evaluate"]
+__all__ = ["NUM_SESSIONS", "Watch", "evaluate", "evaluate_all"]
 
-NUM_SESSIONS = 16  # of a model that is loaded here
+NUM_SESSIONS: Final = 16  # of a model that is loaded here
+_GROUP: Final = 64
+
+Watch = Callable[[str, int, int], None]
 
 
 def evaluate(
@@ -29,7 +35,7 @@ def evaluate(
     *,
     split: Split = "held_out",
     bank: SpeechBank | None = None,
-    watch: Callable[[int, int], None] | None = None,
+    watch: Watch | None = None,
 ) -> Report:
     """Play the first ``num_items`` interactions of each task that the suites need, and score them.
 
@@ -37,10 +43,25 @@ def evaluate(
     temperature 0, or any `Player`. An item that several suites want is played once. ``seed``: of
     the interactions; choose models with ``split="train"`` and a seed that training does not use,
     never by "held_out". ``bank``: who speaks; all engines of this machine by default. ``watch`` is
-    told (items done, items in all).
+    told who plays, how many items are done, and how many there are.
 
     Raises InvalidArgument for an unknown suite or split or no items, and what `load_model` raises.
     """
+    (report,) = evaluate_all([player], suites, num_items, seed, split=split, bank=bank, watch=watch)
+    return report
+
+
+def evaluate_all(
+    players: Sequence[Player | Model | str | Path],
+    suites: str | Sequence[str] = "all",
+    num_items: int = 100,
+    seed: int = 0,
+    *,
+    split: Split = "held_out",
+    bank: SpeechBank | None = None,
+    watch: Watch | None = None,
+) -> list[Report]:
+    """`evaluate` for several players, who get the same items, each made once."""
     if num_items < 1:
         raise InvalidArgument(f"num_items: expected at least 1, got {num_items}")
     if split not in SPLITS:
@@ -48,39 +69,63 @@ def evaluate(
     wanted = chosen_suites(suites if isinstance(suites, str) else tuple(suites))
     if bank is None:
         with SpeechBank(cache=cache_folder()) as own:
-            return evaluate(player, suites, num_items, seed, split=split, bank=own, watch=watch)
-    if isinstance(player, (str, Path)):
-        loaded = load_model(player, max_sequences=NUM_SESSIONS)
-        player = ModelPlayer(loaded, name=Path(player).name)
-    elif isinstance(player, Model):
-        player = ModelPlayer(player)
+            return evaluate_all(
+                players, suites, num_items, seed, split=split, bank=own, watch=watch
+            )
+    playing = [_Playing(_player(one)) for one in players]
     tasks = list(dict.fromkeys(task for suite in wanted for task in tasks_of(suite)))
-    begun_s = time.perf_counter()
+    stream = make_items(seed, split, tasks, num_items, bank)
     num_all = len(tasks) * num_items
-    done: list[tuple[Item, Played]] = []
-    for item, played in player.play(make_items(seed, split, tasks, num_items, bank)):
-        done.append((item, played))
-        if watch is not None:
-            watch(len(done), num_all)
-    done.sort(key=lambda pair: (tasks.index(pair[0].task), pair[0].index))
-    records = [_record(item, played, wanted) for item, played in done]
-    scores = {
-        suite.name: suite.score(
-            [one.marks[suite.name] for one in records if suite.name in one.marks], seed
+    # In groups: what is heard and seen in all items would be gigabytes.
+    while group := list(islice(stream, _GROUP)):
+        for one in playing:
+            begun_s = time.perf_counter()
+            for item, played in one.player.play(group):
+                one.done.append((item, played))
+                if watch is not None:
+                    watch(one.player.name, len(one.done), num_all)
+            one.wall_s += time.perf_counter() - begun_s
+    reports = []
+    for one in playing:
+        one.done.sort(key=lambda pair: (tasks.index(pair[0].task), pair[0].index))
+        records = tuple(_record(item, played, wanted) for item, played in one.done)
+        scores = {
+            suite.name: suite.score(
+                [record.marks[suite.name] for record in records if suite.name in record.marks], seed
+            )
+            for suite in wanted
+        }
+        media_s = sum(item.script.num_ticks for item, _ in one.done) * TICK_MS / 1000
+        reports.append(
+            Report(
+                player=one.player.name,
+                split=split,
+                seed=seed,
+                num_items=num_items,
+                engines=bank.engines,
+                scores=scores,
+                records=records,
+                wall_s=one.wall_s,
+                media_s=media_s,
+            )
         )
-        for suite in wanted
-    }
-    return Report(
-        player=player.name,
-        split=split,
-        seed=seed,
-        num_items=num_items,
-        engines=bank.engines,
-        scores=scores,
-        records=tuple(records),
-        wall_s=time.perf_counter() - begun_s,
-        media_s=sum(item.script.num_ticks for item, _ in done) * TICK_MS / 1000,
-    )
+    return reports
+
+
+@dataclass
+class _Playing:
+    """A player, and what it has done."""
+
+    player: Player
+    done: list[tuple[Item, Played]] = field(default_factory=list)
+    wall_s: float = 0.0
+
+
+def _player(given: Player | Model | str | Path) -> Player:
+    if isinstance(given, (str, Path)):
+        loaded = load_model(given, max_sequences=NUM_SESSIONS)
+        return ModelPlayer(loaded, name=Path(given).name)
+    return ModelPlayer(given) if isinstance(given, Model) else given
 
 
 def _record(item: Item, played: Played, suites: Sequence[Suite]) -> Record:

@@ -77,6 +77,11 @@ class ModelPlayer:
         self._num_sessions = num_sessions or most
         self._has_clock = has_clock
 
+    def without_clock(self) -> "ModelPlayer":
+        """The same model with time taken out."""
+        name = f"{self.name} without clock"
+        return ModelPlayer(self.model, name=name, num_sessions=self._num_sessions, has_clock=False)
+
     def play(self, items: Iterable[Item]) -> Iterator[tuple[Item, Played]]:
         """Each item in a session of its own."""
         waiting = iter(items)

@@ -26,7 +26,8 @@ class Record:
 @dataclass(frozen=True)
 class Report:
     """``scores`` and ``records``: the same bits for the same player, seed, split and speech
-    ``engines``. ``wall_s`` and ``media_s``: how long it took, and how long the items are."""
+    ``engines``. ``wall_s`` and ``media_s``: how long it played, without the time to make the items,
+    and how long they are."""
 
     player: str
     split: str
@@ -40,7 +41,7 @@ class Report:
 
     @property
     def items_per_s(self) -> float:
-        """Items played, made and marked in a second."""
+        """Items played in a second."""
         return len(self.records) / self.wall_s if self.wall_s else 0.0
 
     @property
