@@ -22,7 +22,7 @@ from tml_core.model.step_batch import StepBatch
 from tml_core.model.token_loop import TokenLoop
 from tml_core.ops.embed import dmel_embed, embed
 from tml_core.ops.hmlp import HmlpWeights, hmlp
-from tml_core.ops.linear import pack_weight
+from tml_core.ops.linear import PackedWeight, pack_weight
 from tml_core.ops.lm_head import SampleRows, lm_head_logits, lm_head_logprobs, lm_head_sample
 
 __all__ = ["Backbone", "EmbeddedSegments"]
@@ -95,8 +95,8 @@ class Backbone:
                     found = torch.as_tensor(piece.ids).numpy()
                 else:
                     part = self._encode(piece)
-                    found = np.zeros(len(part), np.int64)
-                    media.append((num_tokens, num_tokens + len(part), part))
+                    found = np.zeros(part.shape[0], np.int64)
+                    media.append((num_tokens, num_tokens + part.shape[0], part))
                 ids.append(found)
                 num_tokens += len(found)
             if isinstance(segment, Block) and num_tokens > start:
@@ -140,8 +140,12 @@ class Backbone:
 
     def token_loop(self, kv: KvStore, max_rows: int, max_run: int) -> TokenLoop:
         """A loop over this model's tokens, for sequences of ``kv``."""
+        return TokenLoop(*self._loop_parts(), kv, max_rows, max_run)
+
+    def _loop_parts(self) -> tuple[Decoder, tuple[Tensor, Tensor, float], PackedWeight, int]:
+        """What a `TokenLoop` needs of the model."""
         embed = self._embed_table, self._embed_norm, self.config.text.rms_eps
-        return TokenLoop(self.decoder, embed, self._head, self.vocab_size, kv, max_rows, max_run)
+        return self.decoder, embed, self._head, self.vocab_size
 
     def _encode(self, piece: Segment) -> Tensor:
         """Levels of sound int32 [F, M], or the embeddings [P, D] of a picture."""

@@ -17,7 +17,7 @@ from tml_core.model.kv_store import KvStore
 from tml_core.ops._common import num_threads
 from tml_core.ops.linear import PackedWeight
 
-__all__ = ["ROW", "TokenLoop", "TokenTable"]
+__all__ = ["ROW", "TokenLoop", "TokenTable", "TokensDrawn"]
 
 # csrc/step/token_loop.h: TokenRow.
 ROW: Final = np.dtype(
@@ -128,9 +128,8 @@ class TokenLoop:
         """
         num_steps, num_tokens = self._loop.run(num_rows, table.handle, limit_s, num_threads())
         counts = self._counts[:num_rows].tolist()
-        most = max(counts, default=0)
-        tokens = self._tokens[:num_rows, :most].tolist()
-        logprobs = self._logprobs[:num_rows, :most].tolist()
+        tokens = self._tokens[:num_rows].tolist()
+        logprobs = self._logprobs[:num_rows].tolist()
         rows = [
             (ids[:count], logs[:count])
             for ids, logs, count in zip(tokens, logprobs, counts, strict=True)
