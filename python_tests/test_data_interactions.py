@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from byte_model import BYTE_MODEL
 from tml_core import errors
 from tml_core.data import (
     SPLITS,
@@ -34,11 +35,11 @@ from tml_core.data import bank as bank_module
 from tml_core.data.augment import Sound
 from tml_core.data.script import REACTION_TICKS, perform
 from tml_core.data.sentences import Sentences, number_words
-from tml_core.data.tasks import TIMER_SECONDS, is_held_out_sum
+from tml_core.data.tasks import PERIOD_SECONDS, TIMER_SECONDS, is_held_out_sum
 from tml_core.data.words import CHATTER, CUES, NAMES, NUMBERS, WORDS
 from tml_core.layout import MicroTurnLayout, Stream, TextToken, ToolCall
 from tml_core.media import TICK_SAMPLES
-from tml_core.model.config import ModelConfig, bundled_path
+from tml_core.model.config import ModelConfig
 from tml_core.model.tokenizer import load_tokenizer
 from tml_core.ops.linear_logp import IGNORED_TARGET
 from tml_core.train import PackedBatch, ShardReader, write_shards
@@ -60,12 +61,12 @@ def bank(cache: Path) -> Iterator[SpeechBank]:
 
 @pytest.fixture(scope="module")
 def config() -> ModelConfig:
-    return ModelConfig.from_path(bundled_path("nano"))
+    return ModelConfig.from_path(BYTE_MODEL)
 
 
 @pytest.fixture(scope="module")
 def layout(config: ModelConfig) -> MicroTurnLayout:
-    return MicroTurnLayout(config, load_tokenizer(bundled_path("nano")))
+    return MicroTurnLayout(config, load_tokenizer(BYTE_MODEL))
 
 
 def some(task: str, bank: SpeechBank, num: int = 6) -> list[Interaction]:
@@ -139,9 +140,9 @@ def test_seed_index_and_split_all_matter(bank: SpeechBank) -> None:
 def test_the_stream_has_no_end_and_every_task(
     bank: SpeechBank, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks = [one.script.task for one in islice(interactions(0, bank=bank), 50)]
-    assert set(tasks) == set(TASKS)
-    assert 8 < tasks.count("transcribe") < 24  # three in ten
+    tasks = [one.script.task for one in islice(interactions(0, bank=bank), 30)]
+    assert set(tasks) <= set(TASKS) and len(set(tasks)) > 8
+    assert 3 < tasks.count("transcribe") < 17  # three in ten
     monkeypatch.setenv("TML_CACHE", str(cache))
     own = list(interactions(0, num=1, tasks=["echo"]))  # with a bank of its own
     assert own[0].script.task == "echo" and bank_module.cache_folder().is_dir()
@@ -181,13 +182,14 @@ def test_cues_are_answered_where_they_are_said(bank: SpeechBank) -> None:
         request, *rest = one.script.spoken
         [expected] = one.script.expected
         words = set(request.text.split())
-        assert expected.text in words
+        assert expected.text in words & set(WORDS)
+        [cue] = words & set(CUES)
         engines.add(request.voice.engine)
         # The cue, then what is said in the same breath; the other word is not in the request.
         marks = []
         for spoken, after in zip(rest, [*rest[1:], None], strict=True):
             speech, text = perform(spoken, bank), spoken.text.split()
-            cues = [i for i, word in enumerate(text) if word in words - {"the", "i", "as", "a"}]
+            cues = [i for i, word in enumerate(text) if word == cue]
             if not cues:
                 continue
             if cues[-1] + 1 < len(text):
@@ -207,10 +209,12 @@ def test_every_word_is_written_in_the_tick_after_it_was_heard(
     engines = set()
     for one in some("transcribe", bank, num=8):
         script = one.script
-        [(typed_at, request)] = script.typed
+        (typed_at, request), *stops = script.typed
+        ends_at = stops[0][0] * TICK_SAMPLES if stops else script.num_ticks * TICK_SAMPLES
+        dictated = [spoken for spoken in script.spoken if spoken.start < ends_at]
         assert one.chunks[typed_at].text == request == script.phrasing
         due: dict[int, list[str]] = {}
-        for spoken in script.spoken:
+        for spoken in dictated:
             assert spoken.start > (typed_at + 1) * TICK_SAMPLES
             speech, words = perform(spoken, bank), spoken.text.split()
             engines.add(spoken.voice.engine)
@@ -227,7 +231,7 @@ def test_every_word_is_written_in_the_tick_after_it_was_heard(
             layout.codec.decode(t for t in run if layout.grammar.is_text[t])
             for run in one.runs(layout)
         ]
-        assert "".join(written) == " ".join(spoken.text for spoken in script.spoken)
+        assert "".join(written) == "".join(f" {spoken.text}" for spoken in dictated)
         for tick in due:
             assert written[tick]
     assert engines == set(ENGINES)
@@ -274,7 +278,7 @@ def test_counts_follow_the_movements(bank: SpeechBank) -> None:
         scene = one.script.scene
         assert scene is not None
         [action] = {rep.action for rep in scene.reps if rep.action in one.script.spoken[0].text}
-        ours = [rep for rep in scene.reps if rep.action == action]
+        ours = [rep for rep in scene.reps if rep.action == action and not rep.is_other]
         distracted += len(ours) < len(scene.reps)
         ends = [tick_at(round(rep.end_s * 16000)) + REACTION_TICKS for rep in ours]
         assert [(e.tick, e.text) for e in one.script.expected] == [
@@ -337,24 +341,29 @@ def test_transcripts_pack_and_say_what_the_script_says(
     assert calls == [e.call for e in expected if e.call]
     labels = transcript.targets[is_labelled]
     num_silent = int((labels == layout.grammar.tokens.silence).sum())
-    assert num_silent >= len(one.chunks) - 20 - len(expected)
+    assert num_silent >= len(one.chunks) - 20 - 3 * len(expected)
     assert torch.equal(transcript.targets, one.transcript(layout).targets)
 
 
 def test_the_splits_share_neither_words_nor_values(bank: SpeechBank) -> None:
     for task in TASKS.values():
         assert not set(task.phrasings.train) & set(task.phrasings.held_out)
-        assert min(len(task.phrasings.train), len(task.phrasings.held_out)) >= 2
-    assert not set(TIMER_SECONDS["train"]) & set(TIMER_SECONDS["held_out"])
+        if task.name != "chain":  # asks for nothing of its own
+            assert len(task.phrasings.train) >= 10 and len(task.phrasings.held_out) >= 4
+    for seconds in (TIMER_SECONDS, PERIOD_SECONDS):
+        assert not set(seconds["train"]) & set(seconds["held_out"])
+    assert not set(WORDS) & set(CUES) and min(len(WORDS), len(CUES)) >= 40
     known: dict[str, set[object]] = {split: set() for split in SPLITS}
     names = {split: {(one.engine, one.name) for one in voices(split)} for split in SPLITS}
     for split in SPLITS:
-        for one in interactions(3, split, bank=bank, num=40):
+        for one in interactions(3, split, bank=bank, num=25):
             script = one.script
-            assert script.phrasing in TASKS[script.task].phrasings.of(split)
+            assert script.phrasing == script.requests[0][1]
+            for part, phrasing in script.requests:
+                assert phrasing in TASKS[part].phrasings.of(split)
             said_by = {(spoken.voice.engine, spoken.voice.name) for spoken in script.spoken}
             assert said_by <= names[split]
-            known[split] |= {script.phrasing} | said_by
+            known[split] |= set(script.requests) | said_by
             known[split] |= {rep.action for rep in (script.scene.reps if script.scene else ())}
     assert not known["train"] & known["held_out"]
 
@@ -397,7 +406,7 @@ def test_refusals(bank: SpeechBank, layout: MicroTurnLayout) -> None:
         ):
             crowded.runs(layout)
     cut = Interaction(expecting(Expected(script.num_ticks - 1, "a long sentence")), one.chunks)
-    with pytest.raises(errors.InvalidArgument, match="ends 7 tokens before its output does"):
+    with pytest.raises(errors.InvalidArgument, match=r"ends \d+ tokens before its output does"):
         cut.runs(layout)
 
 

@@ -20,7 +20,8 @@ _FFT_SIZE: Final = 1 << 15  # of blocks; longer than twice any tail
 @dataclass(frozen=True)
 class Sound:
     """``gain_db``: of everything. ``snr_db``: speech over noise. ``slope``: of the noise's power
-    over frequency, 0 white, 1 pink, 2 brown. ``rt60_s``: until an echo is 60 dB down, 0 for no
+    over frequency, 0 white, 1 pink, 2 brown. ``music_db``: music under the speech, None for none.
+    ``rt60_s``: until an echo is 60 dB down, 0 for no
     room. ``echo_db``: the echoes against the direct sound. ``seed``: of the noise and the room."""
 
     gain_db: float
@@ -29,10 +30,11 @@ class Sound:
     rt60_s: float
     echo_db: float
     seed: int
+    music_db: float | None = None
 
 
 def draw_sound(rng: Generator) -> Sound:
-    """Everyday conditions, a third of them without a room."""
+    """Everyday conditions, a third of them without a room, one in seven with music."""
     is_in_room = rng.random() < 2 / 3
     return Sound(
         gain_db=round(float(rng.uniform(-15.0, 0.0)), 2),
@@ -41,6 +43,7 @@ def draw_sound(rng: Generator) -> Sound:
         rt60_s=round(float(rng.uniform(0.1, 0.6)), 3) if is_in_room else 0.0,
         echo_db=round(float(rng.uniform(-20.0, -6.0)), 2),
         seed=int(rng.integers(1 << 62)),
+        music_db=round(float(rng.uniform(-30.0, -10.0)), 2) if rng.random() < 0.15 else None,
     )
 
 
@@ -54,6 +57,8 @@ def apply_sound(pcm_S: Pcm, sound: Sound) -> Pcm:
         heard_S += _echoes(heard_S, sound, rng)
     noise_S = _noise(len(heard_S), sound.slope, rng)
     heard_S += noise_S * np.float32(level * 10.0 ** (-sound.snr_db / 20.0))
+    if sound.music_db is not None:
+        heard_S += _music(len(heard_S), rng) * np.float32(level * 10.0 ** (sound.music_db / 20.0))
     heard_S *= np.float32(10.0 ** (sound.gain_db / 20.0))
     loudest = float(np.abs(heard_S).max(initial=0.0))
     if loudest > 1.0:
@@ -92,3 +97,23 @@ def _noise(length: int, slope: float, rng: Generator) -> Pcm:
     period = np.fft.irfft(spectrum, _FFT_SIZE).astype(np.float32)
     power = np.mean(np.square(period[:length], dtype=np.float64))
     return np.resize(period / np.float32(np.sqrt(power)), length)
+
+
+def _music(length: int, rng: Generator) -> Pcm:
+    """Unit power: plucked notes of one scale over four chords, again and again."""
+    beat = round(float(rng.uniform(0.2, 0.45)) * SAMPLE_RATE)
+    key_hz = 110.0 * 2.0 ** (int(rng.integers(12)) / 12.0)
+    bar = np.zeros(16 * beat, np.float32)
+    time_N = np.arange(4 * beat, dtype=np.float32) / SAMPLE_RATE
+    for step in range(16):
+        chord = (0, 7, 9, 5)[step // 4]  # in semitones above the key
+        tones = [int(rng.choice([12, 16, 19, 24]))] + ([0, 7] if step % 4 == 0 else [])
+        for tone in tones:
+            hz = key_hz * 2.0 ** ((chord + tone) / 12.0)
+            note_N = np.exp(-3.0 * time_N) * sum(
+                np.sin(np.float32(2.0 * np.pi * hz * over) * time_N) / over for over in (1, 2, 3)
+            )
+            at = (step * beat + np.arange(len(note_N))) % len(bar)  # the last ones ring on
+            bar[at] += note_N
+    bar /= np.sqrt(np.mean(np.square(bar)))
+    return np.resize(bar, length)

@@ -16,7 +16,7 @@ from numpy.random import Generator
 from tml_core.data.augment import Sound, draw_sound
 from tml_core.data.bank import SpeechBank, Split
 from tml_core.data.engines import Speech, Voice
-from tml_core.data.figure import Scene
+from tml_core.data.figure import Rep, Scene, draw_scene
 from tml_core.errors import InvalidArgument
 from tml_core.layout.chunk import ToolResult
 from tml_core.media.audio_file import SAMPLE_RATE
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 REACTION_TICKS: Final = 1
 _LOUDNESS: Final = 0.1  # root mean square of everybody near
-_MAX_SAMPLES: Final = 120 * SAMPLE_RATE
+_MAX_SAMPLES: Final = 240 * SAMPLE_RATE
 
 
 def tick_at(sample: int) -> int:
@@ -73,7 +73,8 @@ class Expected:
 class Script:
     """Everything that makes one interaction; equal scripts render to equal bits.
 
-    ``phrasing``: of the request, as in the task's list, for counting and for holding out.
+    ``phrasing``: of the first request, as in its task's list, for counting and for holding out;
+    ``requests``: (task, phrasing) of all, more than one in a session of several tasks.
     ``results``: (tick, result) of tools. ``typed``: (tick, text) of the user's keyboard.
     ``expected``: in order of ticks; every other is silent.
     """
@@ -88,6 +89,7 @@ class Script:
     scene: Scene | None = None
     results: tuple[tuple[int, ToolResult], ...] = ()
     typed: tuple[tuple[int, str], ...] = ()
+    requests: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         ticks = [one.tick for one in self.expected]
@@ -124,21 +126,27 @@ class ScriptWriter:
     """A script under construction: time goes on with every pause and everything the user says.
 
     ``now``: the sample at which the next thing begins. ``user``: the voice of this interaction.
+    ``task``: of the session; ``part``: the one that is being written. ``has_camera``: whether there
+    are pictures even if nothing is done in them.
     """
 
     def __init__(self, task: str, split: Split, bank: SpeechBank, rng: Generator) -> None:
         self.split = split
         self.rng = rng
         self.now = 0
-        self._task = task
+        self.part = task
+        self.has_camera = False
+        self.task = task
         self._bank = bank
         self._voices = bank.voices(split)
-        self._phrasing = ""
+        self._requests: list[tuple[str, str]] = []
+        self._num_calls = 0
         self._spoken: list[Spoken] = []
         self._expected: dict[int, Expected] = {}
         self._results: list[tuple[int, ToolResult]] = []
         self._typed: list[tuple[int, str]] = []
-        self._scene: Scene | None = None
+        self._reps: list[Rep] = []
+        self._visits: list[tuple[float, float]] = []
         self.user = self.draw_voice()
         self._speed = round(float(rng.uniform(0.92, 1.08)), 2)
         self.pause(0.1, 1.2)
@@ -169,8 +177,7 @@ class ScriptWriter:
 
     def ask(self, phrasings: Phrasings, **fields: object) -> int:
         """The user asks for the task, in one of the split's ways; the sample it ends at."""
-        self._phrasing = self.choice(phrasings.of(self.split))
-        return self.say(self._phrasing.format(**fields))
+        return self.say(self._request(phrasings).format(**fields))
 
     def say(
         self, text: str, *, voice: Voice | None = None, at: int | None = None, level: float = 1.0
@@ -206,68 +213,83 @@ class ScriptWriter:
 
     def type(self, phrasings: Phrasings) -> None:
         """The user types the request for the task now, in one of the split's ways."""
-        self._phrasing = self.choice(phrasings.of(self.split))
-        self._typed.append((tick_at(self.now), self._phrasing))
+        self.type_text(self._request(phrasings))
 
-    def dictate(self, text: str) -> None:
-        """The user says ``text``, and the model writes each word in the tick after it was over.
+    def type_text(self, text: str) -> None:
+        """The user types ``text`` now."""
+        self._typed.append((tick_at(self.now), text))
+
+    def dictate(self, text: str, answers: Mapping[str, str] | None = None) -> None:
+        """The user says ``text``, and the model writes each word in the tick after it was over, or
+        what ``answers`` has for it.
 
         Where the engine tells no times, one to three words are an utterance, after which they are
         written; utterances follow each other end to end.
         """
         words = text.split()
+        written = answers or {}
         whole = Spoken(self.now, text, self.user, self._speed, is_once=True)
         speech = perform(whole, self._bank)
         if speech.words is not None:
             self._spoken.append(whole)
             ends = (*speech.words[1:], len(speech.pcm))
             for word, end in zip(words, ends, strict=True):
-                self.write(tick_at(whole.start + end) + REACTION_TICKS, word)
+                self.expect(tick_at(whole.start + end) + REACTION_TICKS, written.get(word, word))
             self.now += len(speech.pcm)
             return
         while words:
             num_words = int(self.rng.integers(1, 4))
             said, words = words[:num_words], words[num_words:]
             tick = tick_at(self.say(" ".join(said))) + REACTION_TICKS
-            self.write(tick, " ".join(said))
-
-    def write(self, tick: int, text: str) -> None:
-        """The model should say ``text`` in ``tick``, after what it says there already."""
-        before = self._expected.pop(tick, Expected(tick))
-        self.expect(tick, f"{before.text} {text}".strip(), before.call)
+            self.expect(tick, " ".join(written.get(word, word) for word in said))
 
     def expect(
         self, tick: int, text: str = "", call: tuple[str, Mapping[str, Any]] | None = None
     ) -> None:
-        """The model should begin this in ``tick``, which has nothing to do yet."""
-        if tick in self._expected:
-            raise InvalidArgument(f"tick: expected one without output, got {tick}")
-        self._expected[tick] = Expected(tick, text, call)
+        """The model should begin this in ``tick``, after what it says there already."""
+        before = self._expected.get(tick, Expected(tick))
+        if before.call is not None:
+            raise InvalidArgument(f"tick: expected one without a call, got {tick}")
+        self._expected[tick] = Expected(tick, f"{before.text} {text}".strip(), call)
 
-    def result(self, tick: int, result: ToolResult) -> None:
-        """A tool's result comes in ``tick``."""
-        self._results.append((tick, result))
+    def result(self, tick: int, content: str) -> None:
+        """The result of the next call comes in ``tick``."""
+        self._results.append((tick, ToolResult(f"call-{self._num_calls}", content)))
+        self._num_calls += 1
 
-    def show(self, scene: Scene) -> None:
-        """What the camera sees, from the first tick on."""
-        self._scene = scene
+    def move(self, rep: Rep) -> None:
+        """Somebody in front of the camera, which is on from the first tick, does this."""
+        self._reps.append(rep)
+
+    def visit(self, start_s: float, end_s: float) -> None:
+        """The figure is in front of the camera between these times only, and other such ones."""
+        self._visits.append((start_s, end_s))
 
     def finish(self) -> Script:
         """The script up to now."""
         if self.now > _MAX_SAMPLES:
             raise InvalidArgument(f"now: expected at most {_MAX_SAMPLES} samples, got {self.now}")
+        scene = None
+        if self._reps or self._visits or self.has_camera:
+            scene = draw_scene(self.rng, tuple(self._reps), tuple(self._visits))
         return Script(
-            task=self._task,
+            task=self.task,
             split=self.split,
-            phrasing=self._phrasing,
+            phrasing=self._requests[0][1] if self._requests else "",
+            requests=tuple(self._requests),
             num_ticks=tick_at(self.now) + 1,
             spoken=tuple(self._spoken),
             expected=tuple(self._expected[tick] for tick in sorted(self._expected)),
             sound=draw_sound(self.rng),
-            scene=self._scene,
+            scene=scene,
             results=tuple(self._results),
             typed=tuple(self._typed),
         )
+
+    def _request(self, phrasings: Phrasings) -> str:
+        phrasing = self.choice(phrasings.of(self.split))
+        self._requests.append((self.part, phrasing))
+        return phrasing
 
 
 def perform(spoken: Spoken, bank: SpeechBank) -> Speech:

@@ -13,11 +13,20 @@ from tml_core.data.figure import ACTIONS
 from tml_core.data.words import (
     CHATTER,
     CUES,
+    ENOUGH,
     FILLERS,
+    GO,
+    HALT,
+    HARMFUL,
+    HARMLESS,
+    INTERRUPTIONS,
+    LISTS,
     NAMES,
     NUMBERS,
     QUESTIONS,
+    SPANISH,
     TENS,
+    THE_END,
     WORDS,
     common_words,
 )
@@ -62,6 +71,7 @@ _QUESTION: Final = (
     *("where is", "who has", "why do you need", "when can i get", "how much is", "do you know"),
     *("did you see", "have you got", "would you bring", "can you find", "what about"),
 )
+_LANGUAGES: Final = ("spanish", "german")
 
 
 class Sentences:
@@ -72,7 +82,10 @@ class Sentences:
         fixed = " ".join(
             [
                 *(_WHO + _DID + _WILL + _WHEN + _WHERE + _HOW + _WHAT_IS + _QUESTION),
-                *(WORDS + CUES + NAMES + NUMBERS + TENS + CHATTER + ACTIONS),
+                *(WORDS + CUES + NAMES + NUMBERS + TENS + CHATTER + ACTIONS + HARMFUL),
+                *(ENOUGH + INTERRUPTIONS + THE_END + GO + HALT + _LANGUAGES),
+                *(word for words in LISTS.values() for word in words),
+                *(SPANISH.keys() | LISTS.keys() | HARMLESS.keys()),
                 *common_words(),
                 *(half for filler in FILLERS for half in filler),
                 *QUESTIONS,
@@ -135,7 +148,11 @@ class Sentences:
             "cue": CUES,
             "name": NAMES,
             "line": CHATTER,
-            "what": tuple(QUESTIONS),
+            "what": (*QUESTIONS, *LISTS, *HARMFUL, *HARMLESS),
+            "later": (*NUMBERS[1:], *TENS),
+            "go": GO,
+            "halt": HALT,
+            "language": _LANGUAGES,
             "action": ACTIONS,
         }
         return text.format(**{name: _one(rng, values.get(name, WORDS)) for name in sorted(fields)})

@@ -27,7 +27,7 @@ from tml_core.train.packing import Transcript
 __all__ = ["DATA_VERSION", "Interaction", "interaction", "interactions", "render_script"]
 
 # Raise it when an interaction of the same seed is no longer the same.
-DATA_VERSION: Final = 2
+DATA_VERSION: Final = 3
 _FRAMES_PER_TICK: Final = 2
 _MAX_LATE_TICKS: Final = 10  # that text may be spelled without a break while more is due
 
@@ -48,8 +48,8 @@ class Interaction:
         """What should be sampled in each tick, as `MicroTurnLayout.encode_session` takes it.
 
         What is too long for a tick goes on in the next ones, and what is due then comes after it.
-        Every word begins with a space. Raises InvalidArgument where a call is due
-        while something goes on, something while a call goes on, or text comes too late.
+        Every word begins with a space. Raises InvalidArgument where a call is due while something
+        goes on, something while a call goes on, or text comes too late.
         """
         tokens = layout.grammar.tokens
         runs: list[list[int]] = []

@@ -6,11 +6,10 @@ Values are held out too: durations, sums and actions that training never has.
 from typing import Final
 
 from tml_core.background.attachment import DELEGATE
-from tml_core.data.figure import ACTIONS, HELD_OUT_ACTIONS, Rep, draw_scene
+from tml_core.data.figure import ACTIONS, HELD_OUT_ACTIONS, Rep
 from tml_core.data.script import REACTION_TICKS, Phrasings, ScriptWriter, tick_at
 from tml_core.data.tasks.task import Task
 from tml_core.data.words import CHATTER, CUES, FILLERS, NAMES, NUMBERS, QUESTIONS, WORDS
-from tml_core.layout.chunk import ToolResult
 from tml_core.media.audio_file import SAMPLE_RATE
 from tml_core.media.micro_turns import TICK_SAMPLES
 
@@ -24,10 +23,19 @@ _TIMER: Final = Phrasings(
         "please say {word} {number} seconds from now",
         "wait {number} seconds and then say {word}",
         "in {number} seconds say {word}",
+        "in {number} seconds please say {word}",
+        "can you say {word} in {number} seconds",
+        "i want to hear {word} in {number} seconds",
+        "set a timer for {number} seconds then say {word}",
+        "give me {number} seconds and say {word}",
+        "tell me {word} when {number} seconds have passed",
+        "{number} seconds from now say {word}",
     ),
     held_out=(
         "after {number} seconds i want you to say {word}",
         "remind me of {word} in {number} seconds",
+        "say {word} when {number} seconds are over",
+        "would you say {word} {number} seconds from now",
     ),
 )
 _CUE: Final = Phrasings(
@@ -35,28 +43,121 @@ _CUE: Final = Phrasings(
         "say {word} when i say {cue}",
         "when you hear {cue} say {word}",
         "as soon as i say {cue} please say {word}",
+        "if i say {cue} you say {word}",
+        "when i say {cue} you say {word}",
+        "please say {word} when you hear {cue}",
+        "wait until i say {cue} and then say {word}",
+        "listen for {cue} and say {word}",
+        "the word is {cue} when you hear it say {word}",
+        "once i say {cue} say {word}",
+        "i will say {cue} and then you say {word}",
     ),
-    held_out=("every time the word {cue} comes up say {word}", "say {word} the moment i say {cue}"),
+    held_out=(
+        "the moment you hear {cue} say {word}",
+        "say {word} the moment i say {cue}",
+        "say {word} as soon as you hear {cue}",
+        "answer {word} when i say {cue}",
+    ),
 )
 _ECHO: Final = Phrasings(
-    train=("repeat after me {words}", "say {words}", "please repeat {words}"),
-    held_out=("echo {words}", "say after me {words}"),
+    train=(
+        "repeat after me {words}",
+        "say {words}",
+        "please repeat {words}",
+        "repeat {words}",
+        "can you say {words}",
+        "please say {words}",
+        "say it after me {words}",
+        "say the words {words}",
+        "i want you to say {words}",
+        "now say {words}",
+    ),
+    held_out=(
+        "echo {words}",
+        "say after me {words}",
+        "would you say {words}",
+        "repeat this {words}",
+    ),
 )
 _SUM: Final = Phrasings(
-    train=("what is {a} plus {b}", "{a} plus {b} is what", "add {a} and {b}"),
-    held_out=("how much is {a} plus {b}", "tell me the sum of {a} and {b}"),
+    train=(
+        "what is {a} plus {b}",
+        "{a} plus {b} is what",
+        "add {a} and {b}",
+        "please add {a} and {b}",
+        "tell me {a} plus {b}",
+        "what do you get for {a} plus {b}",
+        "what are {a} and {b} together",
+        "do you know {a} plus {b}",
+        "what is the sum of {a} and {b}",
+        "{a} and {b} is how much",
+    ),
+    held_out=(
+        "how much is {a} plus {b}",
+        "tell me the sum of {a} and {b}",
+        "can you add {a} and {b}",
+        "how much are {a} and {b}",
+    ),
 )
 _ASIDE: Final = Phrasings(
-    train=("{name} {line}", "hey {name} {line}"),
-    held_out=("listen {name} {line}", "{line} {name}"),
+    train=(
+        "{name} {line}",
+        "hey {name} {line}",
+        "{name} i have to tell you {line}",
+        "you know {name} {line}",
+        "well {name} {line}",
+        "oh {name} {line}",
+        "hello {name} {line}",
+        "{name} guess what {line}",
+        "so {name} {line}",
+        "{name} i heard {line}",
+    ),
+    held_out=(
+        "listen {name} {line}",
+        "{line} {name}",
+        "{name} by the way {line}",
+        "no {name} {line}",
+    ),
 )
 _DELEGATE: Final = Phrasings(
-    train=("look up the {what}", "find out the {what}", "can you check the {what}"),
-    held_out=("please search for the {what}", "i need to know the {what}"),
+    train=(
+        "look up the {what}",
+        "find out the {what}",
+        "can you check the {what}",
+        "please look up the {what}",
+        "check the {what}",
+        "what is the {what}",
+        "tell me the {what}",
+        "do you know the {what}",
+        "find the {what} for me",
+        "could you find out the {what}",
+    ),
+    held_out=(
+        "please search for the {what}",
+        "i need to know the {what}",
+        "go and check the {what}",
+        "can you tell me the {what}",
+    ),
 )
 _COUNT: Final = Phrasings(
-    train=("count my {action}", "please count the {action}", "count out loud the {action}"),
-    held_out=("please count out reps for {action}", "how many {action} do i do"),
+    train=(
+        "count my {action}",
+        "please count the {action}",
+        "count out loud the {action}",
+        "count the {action}",
+        "count every one of the {action}",
+        "i will do {action} please count",
+        "can you count the {action}",
+        "count {action}",
+        "watch me and count the {action}",
+        "please count {action} for me",
+    ),
+    held_out=(
+        "please count out reps for {action}",
+        "how many {action} do i do",
+        "keep count of the {action}",
+        "number my {action} as i do them",
+    ),
 )
 
 
@@ -125,7 +226,7 @@ def _delegate(script: ScriptWriter) -> None:
     script.expect(call, call=(DELEGATE, {"request": what}))
     # A call takes several ticks to spell: at least as many as a model of bytes needs.
     arrives = call + int(script.rng.integers(20, 35))
-    script.result(arrives, ToolResult("call-0", answer))
+    script.result(arrives, answer)
     free = arrives
     if script.rng.random() < 0.5:  # it comes while the user talks, and has to wait
         start = arrives * TICK_SAMPLES - script.seconds(0.2, 1.0)
@@ -145,17 +246,17 @@ def _count(script: ScriptWriter) -> None:
     others = [one for one in known if one != action]
     if script.rng.random() < 0.3:  # something else in between, not to be counted
         counted.insert(int(script.rng.integers(1, len(counted) + 1)), script.choice(others))
-    reps, number = [], 0
+    number = 0
     for now in counted:
         start_s = round(script.now / SAMPLE_RATE, 3)
         end_s = round(start_s + period_s * float(script.rng.uniform(0.85, 1.15)), 3)
-        reps.append(Rep(now, start_s, end_s))
+        warp = round(float(script.rng.uniform(-0.6, 0.6)), 2)
+        script.move(Rep(now, start_s, end_s, warp))
         script.now = round(end_s * SAMPLE_RATE)
         if now == action:
             number += 1
             script.expect(tick_at(script.now) + REACTION_TICKS, str(number))
         script.pause(0.0, 0.5)
-    script.show(draw_scene(script.rng, tuple(reps)))
     script.pause(1.0, 2.5)
 
 
