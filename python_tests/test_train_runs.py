@@ -11,7 +11,7 @@ import torch
 
 from tml_core import errors
 from tml_core.model.config import ModelConfig
-from tml_core.train import Trainer, write_shards
+from tml_core.train import PackedBatch, Trainer, write_shards
 from train_kit import make_checkpoint, make_run, random_transcripts
 
 
@@ -124,7 +124,7 @@ def test_data_held_out_are_evaluated_and_not_learned(model: Path, tmp_path: Path
     # All weights are one: the mean of the losses of all positions.
     sums, count = 0.0, 0
     for one in held_out:
-        model_out = watched.model(watched._held_out[0].pack([one], config))
+        model_out = watched.model(PackedBatch.pack([one], config))
         sums -= float(model_out.detach().double().sum())
         count += int((one.targets != -100).sum())
     assert found.loss == pytest.approx(sums / count, rel=1e-6)
@@ -141,11 +141,12 @@ def test_evaluation_takes_the_first_batches(model: Path, tmp_path: Path) -> None
     config = make_run(tmp_path, model)
     options = {"path": config.data.path, "num_batches": 2}
     with Trainer(make_run(tmp_path, model, eval=options)) as trainer:
-        assert len(trainer._held_out) == 2
-        reader = trainer._held_out
+        assert trainer._held_out is not None
+        batches = list(trainer._held_out_batches(trainer._held_out))
+        assert len(batches) == 2
         whole = random_transcripts(trainer.model_config, 9)
         ids = torch.cat([one.targets for one in whole])
-        taken = torch.cat([batch.targets for batch in reader])
+        taken = torch.cat([batch.targets for batch in batches])
         assert torch.equal(taken, ids[: len(taken)])
     with pytest.raises(errors.InvalidArgument, match=r"eval.path: expected a position with a loss"):
         silent = dict.fromkeys(("text", "silence", "control", "call"), 0)

@@ -22,7 +22,7 @@ from tml_core.model.weights import load_weights
 from tml_core.ops.router import load_balance_counts, update_router_bias
 from tml_core.train.checkpoint import CheckpointFolder
 from tml_core.train.config import TrainConfig, default_of
-from tml_core.train.feed import Draw, Place, TranscriptSource, open_feed
+from tml_core.train.feed import Draw, Feed, Place, TranscriptSource, open_feed
 from tml_core.train.loss import StreamLosses, position_weights, stream_weights, total_weight
 from tml_core.train.metrics import HeldOut, MetricsFile, StepMetrics
 from tml_core.train.module import ModelOutput, TrainableModel
@@ -109,6 +109,7 @@ class Trainer:
         self.model_config = replace(
             ModelConfig.from_path(self._directory), is_trained=True, init_seed=None
         )
+        self._weights_S = stream_weights(config.loss.by_stream()).to(self._device)
         self._feed = open_feed(config.data, self._directory, self.model_config, data)
         self._held_out = self._open_held_out()
         self._folder = Path(config.run.folder)
@@ -156,7 +157,6 @@ class Trainer:
         self._draws: Iterator[Draw] = self._feed.draws(
             self.step * config.optimizer.accumulate, self._progress.place
         )
-        self._weights_S = stream_weights(config.loss.by_stream()).to(self._device)
 
     @property
     def step(self) -> int:
@@ -240,15 +240,14 @@ class Trainer:
 
     def evaluate(self) -> HeldOut:
         """The loss on ``eval.path``. Raises InvalidArgument if the run has none."""
-        if not self._held_out:
+        if self._held_out is None:
             raise InvalidArgument("eval.path: expected data to evaluate on, got none")
-        weights = [position_weights(batch, self._weights_S) for batch in self._held_out]
-        total = total_weight(weights)
-        losses = StreamLosses()
+        losses, weights = StreamLosses(), []
         with torch.no_grad():
-            for batch, weight_T in zip(self._held_out, weights, strict=True):
-                losses.add(batch, self._run_model(batch).logprobs, weight_T, total)
-        return HeldOut(losses.mean(), losses.means())
+            for batch in self._held_out_batches(self._held_out):
+                weights.append(position_weights(batch, self._weights_S))
+                losses.add(batch, self._run_model(batch).logprobs, weights[-1], 1.0)
+        return HeldOut(losses.mean() / total_weight(weights), losses.means())
 
     def save(self) -> Path:
         """Write a checkpoint of this step. Raises TrainingStopped if a weight is no number."""
@@ -273,24 +272,26 @@ class Trainer:
         self._checkpoints.prune(self.config.run.keep, progress.best_step)
         return path
 
-    def _open_held_out(self) -> list[PackedBatch]:
-        """The batches of ``eval``, packed once."""
-        options, data = self.config.eval, self.config.data
+    def _open_held_out(self) -> Feed | None:
+        options = self.config.eval
         if not options.path:
-            return []
-        config = replace(data, path=options.path, weights=(), shuffle=False, skip_corrupt=False)
+            return None
+        config = replace(
+            self.config.data, path=options.path, weights=(), shuffle=False, skip_corrupt=False
+        )
         feed = open_feed(config, self._directory, self.model_config)
-        draws = itertools.takewhile(lambda draw: draw.epoch == 0, feed.draws(0, None))
-        taken = itertools.islice(draws, options.num_batches or None)
-        batches = [self._pack(draw) for draw in taken]
-        weights_S = stream_weights(self.config.loss.by_stream()).to(self._device)
-        if total_weight(position_weights(batch, weights_S) for batch in batches) == 0:
+        batches = self._held_out_batches(feed)
+        if not any(position_weights(batch, self._weights_S).any() for batch in batches):
             raise InvalidArgument("eval.path: expected a position with a loss, got none")
-        return batches
+        return feed
+
+    def _held_out_batches(self, feed: Feed) -> Iterator[PackedBatch]:
+        draws = itertools.takewhile(lambda draw: draw.epoch == 0, feed.draws(0, None))
+        return map(self._pack, itertools.islice(draws, self.config.eval.num_batches or None))
 
     def _is_eval_due(self) -> bool:
         is_last = self.step == self.config.run.num_steps
-        return bool(self._held_out) and (is_last or self.step % self.config.eval.every == 0)
+        return self._held_out is not None and (is_last or self.step % self.config.eval.every == 0)
 
     def _next_batches(self) -> tuple[list[PackedBatch], int, Place | None]:
         """The batches of a step, the epoch of the last, and the place behind it in a stream."""
