@@ -45,3 +45,22 @@ def _restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nothing_leaks() -> Iterator[None]:
+    """After the test no engine runs and no session of `session_kit`'s model holds anything."""
+    from session_kit import assert_nothing_left, engine_threads
+
+    yield
+    assert engine_threads() == []
+    assert_nothing_left()
+
+
+@pytest.fixture
+def nothing_leaks_of_faults() -> Iterator[None]:
+    """The same of `faults_kit`'s model; engines get a while to end."""
+    from faults_kit import assert_nothing_left
+
+    yield
+    assert_nothing_left()

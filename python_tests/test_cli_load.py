@@ -18,8 +18,6 @@ from rich.console import Console
 from session_kit import (
     SILENCE,
     Script,
-    assert_nothing_left,
-    engine_threads,
     nano,
     noise,
     scripted,
@@ -32,12 +30,7 @@ from tml_core.load import Capacity, LoadReport, LoadSpec, Progress, run_load
 COMMAND = sys.modules["tml_core.cli.load"]
 CHUNKS = [noise(i) for i in range(7)]
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert engine_threads() == []
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Steps of single tokens: they share fixed memory, keep their books late, and recover exactly."""
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ from session_kit import (
     END_OUT,
     SILENCE,
     WAIT_S,
-    assert_nothing_left,
-    engine_threads,
     nano,
     noise,
     paused,
@@ -28,12 +25,7 @@ from tml_core.model import backbone as backbone_module
 from tml_core.model.token_loop import TokenLoop
 from tml_core.ops import hmlp as hmlp_module
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert engine_threads() == []
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 def lives(engine: Engine, num_sessions: int, num_ticks: int) -> list[tuple[Any, ...]]:

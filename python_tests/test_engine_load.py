@@ -3,7 +3,6 @@
 Decisions are driven by a cost model put in place by the test; nothing here measures time.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,8 +13,6 @@ from session_kit import (
     END_OUT,
     SILENCE,
     WAIT_S,
-    assert_nothing_left,
-    engine_threads,
     nano,
     noise,
     paused,
@@ -34,12 +31,7 @@ from tml_core import (
 )
 from tml_core.engine.cost_model import CostModel
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert engine_threads() == []
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 class Expected(CostModel):

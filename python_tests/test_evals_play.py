@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from evals_kit import TICK, ChattyPlayer, ScriptedPlayer
-from session_kit import Script, assert_nothing_left, engine_threads, nano, step_by_step
+from session_kit import Script, nano, step_by_step
 from tml_core import Engine, Session, errors
 from tml_core.cli import eval as command
 from tml_core.cli.eval import EvalOptions, as_split, markdown, run_eval
@@ -28,11 +28,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpeechBank]:
         yield bank
 
 
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert engine_threads() == []
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 def scores(report: Report) -> dict[str, float | None]:

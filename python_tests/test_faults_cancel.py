@@ -4,7 +4,6 @@ Whatever the moment, the session is afterwards the one the documentation names, 
 sessions beside it are the ones they would have been alone.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from faults_kit import (
     WAIT_S,
     Others,
     Trap,
-    assert_nothing_left,
     bits,
     clean_engine,
     noise,
@@ -29,11 +27,7 @@ KEEPS = ("input", "none")
 # Where the cancel finds the turn: not begun, or in the middle of a draw.
 MOMENTS = ("queued", "draw 0", "draw 1", "draw 2")
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks_of_faults")
 
 
 def cancelled(session: Session, trap: Trap, chunk: Chunk, keep: Any, moment: str) -> Turn | None:

@@ -9,7 +9,7 @@ import gc
 import signal
 import threading
 import types
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from faults_kit import (
     WAIT_S,
     Others,
     alone,
-    assert_nothing_left,
     bits,
     clean_engine,
     noise,
@@ -31,11 +30,7 @@ from tml_core import Engine, Session, Turn, errors
 
 SEED = 9
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks_of_faults")
 
 
 def interrupted(

@@ -6,7 +6,7 @@ for bit, what they would have been alone.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,7 @@ class Planted(Exception):
     """What the tests raise."""
 
 
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks_of_faults")
 
 
 def fail() -> None:

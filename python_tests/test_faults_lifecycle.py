@@ -4,7 +4,6 @@ import gc
 import os
 import random
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from faults_kit import (
     WAIT_S,
     Others,
     alone,
-    assert_nothing_left,
     bits,
     clean_engine,
     engine_threads,
@@ -26,11 +24,7 @@ from tml_core import Engine, Retention, Session, errors
 NUM_CYCLES = 10_000
 NUM_TICKS = 36_000  # two hours at five a second
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks_of_faults")
 
 
 def resident_mb() -> float:

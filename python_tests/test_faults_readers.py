@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,7 +10,6 @@ from faults_kit import (
     WAIT_S,
     Others,
     alone,
-    assert_nothing_left,
     bits,
     clean_engine,
     noise,
@@ -23,11 +21,7 @@ from tml_core.engine import turn as turn_module
 
 SEED = 5
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks_of_faults")
 
 
 def test_turns_that_nobody_reads_run_to_their_end() -> None:

@@ -2,13 +2,12 @@
 decided: which steps it shared, how its input was cut, what a deadline cost it."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from faults_kit import WAIT_S, assert_nothing_left, bits, clean_engine, noise
+from faults_kit import WAIT_S, bits, clean_engine, noise
 from session_kit import paused
 from tml_core import Chunk, Engine, Notice, Session, Turn
 from tml_core.engine.job import Job
@@ -16,11 +15,7 @@ from tml_core.engine.job import Job
 POLICIES = ("none", "emit_silence", "shrink_output", "coalesce_input")
 DEADLINES_MS = (None, 200.0, 20.0, 4.0, 1.0)
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks_of_faults")
 
 
 @dataclass(frozen=True)

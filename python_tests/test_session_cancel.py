@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,8 +10,6 @@ from session_kit import (
     CALL,
     END_OUT,
     WAIT_S,
-    assert_nothing_left,
-    engine_threads,
     nano,
     noise,
     paused,
@@ -23,12 +20,7 @@ from tml_core import Chunk, Notice, Session, ToolCall, TurnDone, errors
 
 TOKENS = [104, 105, CALL, 123, 34, 110, 97, 109]
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert engine_threads() == []
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 def go_on(session: Session) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 """What the user did not hear is taken back, to the token; all that came in stays."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,7 @@ from session_kit import (
     END_OUT,
     SILENCE,
     WAIT_S,
-    assert_nothing_left,
     clip,
-    engine_threads,
     nano,
     noise,
     paused,
@@ -26,12 +23,7 @@ from tml_core.engine.seat import MAX_UNHEARD
 HI, HO = [104, 105, END_OUT], [104, 111, END_OUT]
 QUIET = [SILENCE]
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert engine_threads() == []
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 def live(session: Session, outputs: list[list[int]], start: int = 0) -> None:

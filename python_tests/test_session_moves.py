@@ -1,7 +1,6 @@
 """Mark, rewind, fork, snapshot, restore: the whole session moves, also in the middle of a call."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ from session_kit import (
     END_CALL,
     SILENCE,
     WAIT_S,
-    assert_nothing_left,
     clip,
-    engine_threads,
     nano,
     noise,
     scripted,
@@ -24,12 +21,7 @@ from session_kit import (
 from tml_core import Chunk, Engine, SamplingParams, Session, errors
 from tml_core.sequence.snapshot import read_note
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert engine_threads() == []
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 def in_the_middle(session: Session) -> None:

@@ -1,7 +1,6 @@
 """Numbered appends, expected tips, ticks without an answer, and input that is coalesced."""
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from session_kit import (
     END_OUT,
     SILENCE,
     WAIT_S,
-    assert_nothing_left,
-    engine_threads,
     nano,
     noise,
     paused,
@@ -25,12 +22,7 @@ from session_kit import (
 from tml_core import Chunk, Engine, Notice, Retention, Session, ToolResult, Turn, errors
 from tml_core.engine.seat import MAX_NUMBERED, MAX_PENDING
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert engine_threads() == []
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 def run_alone(session: Session, chunks: list[Chunk], answers: list[bool]) -> list[tuple[int, ...]]:

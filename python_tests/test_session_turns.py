@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,9 +12,7 @@ from session_kit import (
     END_OUT,
     SILENCE,
     WAIT_S,
-    assert_nothing_left,
     clip,
-    engine_threads,
     nano,
     noise,
     scripted,
@@ -38,12 +35,7 @@ from tml_core.engine import turn as turn_module
 from tml_core.layout import MicroTurnLayout, Stream, as_chunk
 from tml_core.layout.select import layout_for
 
-
-@pytest.fixture(autouse=True)
-def _nothing_leaks() -> Iterator[None]:
-    yield
-    assert engine_threads() == []
-    assert_nothing_left()
+pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
 
 def test_the_sequence_is_what_the_layout_says() -> None:
