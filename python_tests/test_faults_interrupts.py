@@ -5,12 +5,15 @@ or a lock, and the session goes on.
 """
 
 import asyncio
+import dis
 import gc
 import signal
+import sys
 import threading
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +298,55 @@ async def _read(turn: Any) -> None:
 
 async def _wait(turn: Any) -> None:
     await turn
+
+
+@contextmanager
+def struck_at(number: int, codes: tuple[types.CodeType, ...]) -> Iterator[None]:
+    """A KeyboardInterrupt at the ``number``-th place of these functions where the interpreter
+    looks for signals: on entry, and after each call."""
+    left, last = [number], {}
+
+    def trace(frame: types.FrameType, event: str, _: Any) -> Any:
+        code = frame.f_code
+        if code not in codes:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            before = dis.opname[code.co_code[last.get(code, 0)]]
+            last[code] = frame.f_lasti
+            left[0] -= before.startswith(("CALL", "RESUME"))
+            if left[0] < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def test_an_append_interrupted_anywhere_is_whole_or_nothing() -> None:
+    codes = Session.append.__code__, Session._submit.__code__
+    with clean_engine() as engine, engine.open(seed=SEED) as session:
+        session.append(noise(0)).result(WAIT_S)
+        mark, seat = session.mark(), session._seat
+        ends, number = set(), 0
+        while True:
+            try:
+                with struck_at(number, codes):
+                    turn = session.append(noise(1))
+                break
+            except KeyboardInterrupt:
+                number += 1
+            while seat.turns:
+                engine._host.loop.call(lambda: None)
+            assert seat.waiting_items == () and not seat.lock.locked()
+            ends.add(session.info().tick)
+            session.rewind(mark)
+        assert number > 10 and ends == {1, 2}
+        turn.result(WAIT_S)
+        assert bits(session) == alone(SEED, 2)
+        del mark

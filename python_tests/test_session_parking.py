@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from byte_model import BYTE_MODEL
-from session_kit import WAIT_S, engine_threads, noise
+from session_kit import END_OUT, WAIT_S, engine_threads, nano, noise, scripted
 from tml_core import Chunk, Engine, Model, Retention, Session, SessionInfo, errors, load_model
 
 
@@ -64,6 +64,26 @@ def test_a_parked_session_goes_on_with_the_same_bits(tmp_path: Path) -> None:
             session.park()
         assert list(folder.iterdir()) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_park_keeps_what_was_not_heard(tmp_path: Path) -> None:
+    with (
+        Engine(nano(), park_dir=tmp_path / "nowhere") as engine,
+        engine.open(seed=1) as session,
+        scripted([104, END_OUT] * 2),
+    ):
+        session.append(noise(0)).result(WAIT_S)
+        session.append(noise(1)).result(WAIT_S)
+        mark = session.mark()
+        with pytest.raises(errors.SessionBusy, match="park: 1 marks of this session are held"):
+            session.park()
+        del mark
+        with pytest.raises(FileNotFoundError):
+            session.park()
+        assert session.truncate(200) == 1
+        (tmp_path / "nowhere").mkdir()
+        session.park()
+        assert session.truncate(0) is None  # what was parked counts as heard
 
 
 @pytest.mark.parametrize("what", ["mark", "fork", "snapshot", "token_ids", "rewind"])

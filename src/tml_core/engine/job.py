@@ -220,7 +220,7 @@ class Job:
         """The step is done; ``h_TD`` [T, D] are its hidden states. True if a token is wanted."""
         clock = self.turn.clock
         clock.max_batch = max(clock.max_batch, batch_size)
-        self._num_fed += len(h_TD)
+        self._num_fed += h_TD.shape[0]
         if self.num_left:
             return False
         self._segments, self._input, self._num_fed = (), None, 0

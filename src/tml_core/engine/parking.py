@@ -35,15 +35,16 @@ class ParkingLot:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._num_files = 0
 
-    def park(self, sequence: Sequence) -> Parked:
-        """Write the sequence to a file and close it.
+    def park(self, sequence: Sequence, num_own: int = 0) -> Parked:
+        """Write the sequence to a file and close it; ``num_own`` of its marks may be lost.
 
-        Raises SessionBusy if somebody holds a mark of it, OSError if the file cannot be written;
-        the sequence is as it was then.
+        Raises SessionBusy if somebody holds another mark of it, OSError if the file cannot be
+        written; the sequence is as it was then.
         """
-        if sequence.num_marks:
+        num_held = sequence.num_marks - num_own
+        if num_held:
             raise SessionBusy(
-                f"park: {sequence.num_marks} marks of this session are held; they would be lost"
+                f"park: {num_held} marks of this session are held; they would be lost"
             )
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="tml-parked-", dir=self._directory)

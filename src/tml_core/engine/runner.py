@@ -49,7 +49,7 @@ class StepInput(NamedTuple):
     def cut(self, start: int, stop: int) -> int:
         """Where a piece from ``start`` may end: at ``stop`` or before, but not inside a block;
         after it if the block at ``start`` is longer."""
-        length = len(self.token_ids)
+        length = self.token_ids.shape[0]
         found = _cut_before_block(self.blocks, start, min(max(stop, start + 1), length))
         if found > start:
             return found
@@ -57,7 +57,7 @@ class StepInput(NamedTuple):
 
     def piece(self, start: int, stop: int) -> "StepInput":
         """The positions [start, stop); the last piece brings the carry."""
-        length = len(self.token_ids)
+        length = self.token_ids.shape[0]
         if start == 0 and stop == length:
             return self
         first = bisect_right(self.blocks, start, key=_end)

@@ -303,6 +303,12 @@ class Seat:
             for chunk in reversed(replayed)
         ]
 
+    @property
+    def num_marks(self) -> int:
+        """Points of the sequence that are kept for output that was not heard."""
+        marks = (one.after_input for one in self.recent)
+        return sum(mark is not None and mark.is_live for mark in marks)
+
     def forget_recent(self, tick: int = 0) -> None:
         """What was said from ``tick`` on counts as heard, and holds no memory any more."""
         while self.recent and self.recent[-1].tick >= tick:

@@ -54,11 +54,12 @@ class SeatMemory:
     def park(self, seat: Seat) -> None:
         """Park an idle seat; call it in the engine thread, with the seat's lock held.
 
-        Raises SessionBusy if marks are held, OSError if the file cannot be written.
+        Raises SessionBusy if marks are held, OSError if the file cannot be written; nothing has
+        changed then.
         """
         if seat.parked is None:
+            seat.parked = self._lot.park(seat.sequence, seat.num_marks)
             seat.forget_recent()
-            seat.parked = self._lot.park(seat.sequence)
             self._counters.parked += 1
 
     def park_idle(self, is_interrupted: Callable[[], bool]) -> None:

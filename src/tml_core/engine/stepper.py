@@ -307,7 +307,7 @@ class Stepper:
         num_rows = len(done) + len(talking)
         if not num_rows:
             return Progress(0, 0, 0)
-        num_tokens = sum(len(h_TD) for _, h_TD in done) + len(talking)
+        num_tokens = sum(h_TD.shape[0] for _, h_TD in done) + len(talking)
         self._counters.steps += 1
         self._counters.step_tokens += num_tokens
         wanting, rows = [], []

@@ -162,8 +162,14 @@ class Session:
                 )
             part = Part(self._new_turn(deadline_ms), seat.layout.begin_output, taken, answer)
             if not is_waiting:
-                seat.encode(part, seat.state)
-                self._submit(part)
+                try:
+                    seat.encode(part, seat.state)
+                    self._submit(part)
+                except BaseException:
+                    # A Ctrl-C between the two, for one.
+                    if part.turn not in seat.turns:
+                        seat.take_back(part)
+                    raise
             else:
                 # The turn that runs is followed by this one; the engine sees it when that ends.
                 seat.parts.append(part)
@@ -452,8 +458,8 @@ class Session:
         seat = self._seat
         part.tick = seat.state.tick
         job = Job(seat, [part])
-        seat.turns.append(part.turn)
         try:
+            seat.turns.append(part.turn)
             self._host.loop.submit(job)
         except SessionClosed:
             seat.turns.remove(part.turn)
@@ -461,7 +467,8 @@ class Session:
             raise
         except BaseException:
             # A Ctrl-C: the engine may have it already, and nobody would read it.
-            self._host.loop.retract(job)
+            if part.turn in seat.turns:
+                self._host.loop.retract(job)
             raise
         return part.turn
 
