@@ -11,7 +11,7 @@ help:
 	@echo "make setup      .venv with torch, the tools and an editable install that rebuilds on import"
 	@echo "make check      ruff, clang-format, mypy --strict, stub, floors, contract, kernel objects"
 	@echo "make test       the test suite, in two to four processes"
-	@echo "make test-cpp   the C++ test executable (also for gdb, valgrind, perf)"
+	@echo "make test-cpp   the C++ tests (also for gdb, valgrind, perf), the model on host-run CUDA kernels"
 	@echo "make bench      the benchmarks; BENCH_JSON=1 also writes bench/results/"
 	@echo "make sanitize   kernel and sequence tests under AddressSanitizer and UBSan"
 	@echo "make gpu-check  build for sm_90a, ask the device its numerics, run every GPU test"
@@ -55,6 +55,7 @@ test-cpp:
 	  -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(shell command -v $(PY))
 	PATH="$(BIN):$$PATH" cmake --build build/cpp
 	build/cpp/csrc/tests/tml_cpp_tests
+	$(PY) -m pytest python_tests/test_cuda_fibers.py
 
 bench:
 	$(PY) -m pytest bench $(if $(BENCH_JSON),--bench-json)

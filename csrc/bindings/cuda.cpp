@@ -8,8 +8,10 @@
 #include "core/contract.h"
 #include "cuda/layout.h"
 #include "ops/attn_prologue.h"
+#include "ops/copy_pages.h"
 #include "ops/dmel_embed.h"
 #include "ops/embed.h"
+#include "ops/hmlp_fold.h"
 #include "ops/linear.h"
 #include "ops/lm_head.h"
 #include "ops/moe.h"
@@ -35,6 +37,12 @@ namespace {
   throw nb::python_error();
 }
 
+#ifdef TML_FIBERS  // csrc/tests/fibers: the kernels run on the host
+constexpr Place kPlace = Place::kCpu;
+#else
+constexpr Place kPlace = Place::kCuda;
+#endif
+
 // Why the kernels cannot run on a device of this machine; empty if they can.
 std::string problem_of([[maybe_unused]] int device) {
   return TML_CUDA_OR(cuda::device_problem(device),
@@ -56,12 +64,12 @@ class Call {
   explicit Call(const char* op) : op_(op) { require_build(op); }
 
   Tensor tensor(nb::handle object, const char* name) {
-    const Tensor out(object, op_, name, Place::kCuda);
+    const Tensor out(object, op_, name, kPlace);
     if (device_ < 0) {
       device_ = out.device_id();
       if (const std::string problem = problem_of(device_); !problem.empty())
         raise_unsupported(std::string(op_) + ": " + problem);
-      stream_ = current_cuda_stream(object, device_);
+      if (kPlace == Place::kCuda) stream_ = current_cuda_stream(object, device_);
     } else if (out.device_id() != device_) {
       out.refuse("on device " + std::to_string(device_) + " like the first tensor",
                  "device " + std::to_string(out.device_id()));
@@ -399,24 +407,25 @@ void session_attn(nb::handle q_h, nb::handle r_h, nb::handle rel_bank_h, nb::han
   TML_RUN(call, session_attn, params);
 }
 
-std::int64_t session_attn_workspace(std::int64_t num_tokens, std::int32_t num_seqs,
-                                    std::int32_t num_heads, std::int32_t num_kv_heads,
-                                    std::int32_t head_dim, std::int64_t max_pages,
-                                    std::int64_t window, int device) {
-  require_build("cuda_session_attn_workspace");
+std::int64_t session_attn_workspace(nb::handle q_h, std::int32_t num_seqs,
+                                    std::int32_t num_kv_heads, std::int64_t max_pages,
+                                    std::int64_t window) {
+  Call call("cuda_session_attn");
+  const Tensor q = call.bf16(q_h, "q");
+  q.rank(3);
   [[maybe_unused]] SessionAttnParams params{};
-  params.batch.num_tokens = num_tokens;
+  params.batch.num_tokens = q.size(0);
   params.batch.num_seqs = num_seqs;
-  params.num_heads = num_heads;
+  params.num_heads = static_cast<std::int32_t>(q.size(1));
   params.kv.num_kv_heads = num_kv_heads;
-  params.kv.head_dim = head_dim;
+  params.kv.head_dim = static_cast<std::int32_t>(q.size(2));
   params.kv.table_row_stride = max_pages;
   params.window = window;
-  if (num_kv_heads < 1 || num_heads < num_kv_heads || num_heads / num_kv_heads > 64)
-    throw ArgumentError("cuda_session_attn_workspace: heads must be 1 to 64 times the KV heads");
-  (void)device;
+  if (num_kv_heads < 1 || q.size(1) < num_kv_heads || q.size(1) / num_kv_heads > 64)
+    q.refuse("of heads that are 1 to 64 times the " + std::to_string(num_kv_heads) + " KV heads",
+             std::to_string(q.size(1)) + " heads");
   return static_cast<std::int64_t>(TML_CUDA_OR(
-      cuda::session_attn_workspace_bytes(params, cuda::num_sms(device)), std::size_t{0}));
+      cuda::session_attn_workspace_bytes(params, cuda::num_sms(q.device_id())), std::size_t{0}));
 }
 
 void router(nb::handle x_h, nb::handle weight_h, nb::handle bias_h, nb::handle ids_h,
@@ -616,6 +625,74 @@ void lm_head_sample(nb::handle h_h, nb::handle weight_h, std::int64_t vocab_size
   TML_RUN(call, lm_head_sample, params);
 }
 
+void hmlp_fold(nb::handle x_h, std::int64_t frame_fold, std::int64_t side_fold, nb::handle y_h) {
+  Call call("cuda_hmlp_fold");
+  const Tensor x = call.tensor(x_h, "x"), y = call.bf16(y_h, "out");
+  x.floating().rank(5).contiguous();
+  if (frame_fold < 1 || side_fold < 1 || x.size(1) % frame_fold != 0 ||
+      x.size(2) % side_fold != 0 || x.size(3) != x.size(2))
+    x.refuse("[P, T, S, S, C] with T a multiple of " + std::to_string(frame_fold) + ", S of " +
+                 std::to_string(side_fold),
+             "[*, " + std::to_string(x.size(1)) + ", " + std::to_string(x.size(2)) + ", " +
+                 std::to_string(x.size(3)) + ", *]");
+  const std::int64_t side = x.size(2) / side_fold;
+  const std::int64_t width = frame_fold * side_fold * side_fold * x.size(4);
+  y.shape({x.size(0) * (x.size(1) / frame_fold) * side * side, (width + 7) / 8 * 8})
+      .contiguous()
+      .aligned(16);
+  const HmlpFoldParams params{x.data(),
+                              y.data(),
+                              y.size(1),
+                              x.size(0),
+                              static_cast<std::int32_t>(x.size(1)),
+                              static_cast<std::int32_t>(x.size(2)),
+                              static_cast<std::int32_t>(x.size(4)),
+                              static_cast<std::int32_t>(frame_fold),
+                              static_cast<std::int32_t>(side_fold),
+                              x.type()};
+  TML_RUN(call, hmlp_fold, params);
+}
+
+void copy_pages(nb::handle source_h, nb::handle target_h, nb::handle source_ids_h,
+                nb::handle target_ids_h, std::int64_t last_len) {
+  Call call("cuda_copy_pages");
+  const Tensor source = call.bf16(source_h, "source"), target = call.bf16(target_h, "target");
+  source.shape({kAny, kAny, kAny, 2, kAny}).contiguous().aligned(16);
+  const std::int64_t width = source.size(4);
+  if (width == 0 || width % (8 * contract::kPageLen) != 0)
+    source.refuse("[..., 2, 128 * head_dim], head_dim a multiple of 8",
+                  std::to_string(width) + " wide");
+  target.shape({kAny, source.size(1), source.size(2), 2, width}).contiguous().aligned(16);
+  if (last_len < 1 || last_len > contract::kPageLen)
+    throw ArgumentError("cuda_copy_pages: last_len must be in [1, 128], got " +
+                        std::to_string(last_len));
+  CopyPagesParams params{};
+  params.num_pages = -1;
+  const auto ids_of = [&](nb::handle ids_h, const char* name,
+                          std::int64_t count) -> const std::int32_t* {
+    const std::int32_t* out = nullptr;
+    if (!ids_h.is_none()) {
+      const Tensor ids = call.tensor(ids_h, name);
+      ids.dtype(DType::kI32).rank(1).contiguous();
+      count = ids.size(0);
+      out = ids.data<const std::int32_t>();
+    }
+    if (params.num_pages >= 0 && count != params.num_pages)
+      throw ArgumentError("cuda_copy_pages: target must be " + std::to_string(params.num_pages) +
+                          " pages like source, got " + std::to_string(count));
+    params.num_pages = count;
+    return out;
+  };
+  params.source_ids = ids_of(source_ids_h, "source_ids", source.size(0));
+  params.target_ids = ids_of(target_ids_h, "target_ids", target.size(0));
+  params.source = source.data();
+  params.target = target.data();
+  params.page_bytes = source.size(1) * source.size(2) * 2 * width * 2;
+  params.head_dim = static_cast<std::int32_t>(width / contract::kPageLen);
+  params.last_len = static_cast<std::int32_t>(last_len);
+  TML_RUN(call, copy_pages, params);
+}
+
 }  // namespace
 
 void bind_cuda(nb::module_& m) {
@@ -639,9 +716,8 @@ void bind_cuda(nb::module_& m) {
         nb::arg("conv_rows"), nb::arg("conv_layer"), nb::arg("k_channel"), nb::arg("v_channel"),
         nb::arg("cu_tokens"), nb::arg("slots"), nb::arg("start_pos").none(), nb::arg("q_out"),
         nb::arg("r_out"));
-  m.def("cuda_session_attn_workspace", &session_attn_workspace, nb::arg("num_tokens"),
-        nb::arg("num_seqs"), nb::arg("num_heads"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
-        nb::arg("max_pages"), nb::arg("window"), nb::arg("device"));
+  m.def("cuda_session_attn_workspace", &session_attn_workspace, nb::arg("q"), nb::arg("num_seqs"),
+        nb::arg("num_kv_heads"), nb::arg("max_pages"), nb::arg("window"));
   m.def("cuda_session_attn", &session_attn, nb::arg("q"), nb::arg("r"), nb::arg("rel_bank"),
         nb::arg("pages"), nb::arg("layer"), nb::arg("table"), nb::arg("cu_tokens"),
         nb::arg("slots"), nb::arg("start_pos").none(), nb::arg("visible_end").none(),
@@ -657,6 +733,10 @@ void bind_cuda(nb::module_& m) {
   m.def("cuda_moe", &moe, nb::arg("x"), nb::arg("expert_ids"), nb::arg("weights"),
         nb::arg("gammas"), nb::arg("w13"), nb::arg("w2"), nb::arg("num_experts"), nb::arg("width"),
         nb::arg("out"), nb::arg("gate_up").none(), nb::arg("workspace").none());
+  m.def("cuda_hmlp_fold", &hmlp_fold, nb::arg("x"), nb::arg("frame_fold"), nb::arg("side_fold"),
+        nb::arg("out"));
+  m.def("cuda_copy_pages", &copy_pages, nb::arg("source"), nb::arg("target"),
+        nb::arg("source_ids").none(), nb::arg("target_ids").none(), nb::arg("last_len"));
   m.def("cuda_lm_head_workspace", &lm_head_workspace, nb::arg("num_tokens"), nb::arg("vocab_size"));
   m.def("cuda_lm_head_logprobs", &lm_head_logprobs, nb::arg("h"), nb::arg("weight"),
         nb::arg("vocab_size"), nb::arg("targets"), nb::arg("out"), nb::arg("workspace").none());

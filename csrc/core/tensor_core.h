@@ -63,11 +63,50 @@ inline std::uint32_t cut(std::int64_t sum, int exponent, const MmaModel& model) 
          (static_cast<std::uint32_t>(kept) & 0x7fffffu);
 }
 
+// The same for the default model where every operand is finite; false: it is not so. What most
+// steps are: the tests that run whole models stand on its speed.
+inline bool finite_step(const std::uint16_t* a, const std::uint16_t* b, std::uint32_t c,
+                        std::uint32_t* out) {
+  constexpr int kNone = -1000;
+  std::int32_t significands[kMmaDepth], exponents[kMmaDepth];
+  int exponent = kNone;
+  unsigned special = 0;
+  for (int i = 0; i < kMmaDepth; ++i) {
+    const int ea = a[i] >> 7 & 0xff, eb = b[i] >> 7 & 0xff;
+    special |= static_cast<unsigned>(ea == 255) | static_cast<unsigned>(eb == 255);
+    const std::int32_t product =
+        ((ea != 0 ? 0x80 : 0) | (a[i] & 0x7f)) * ((eb != 0 ? 0x80 : 0) | (b[i] & 0x7f));
+    significands[i] = ((a[i] ^ b[i]) & 0x8000) != 0 ? -product : product;
+    exponents[i] = product == 0 ? kNone : (ea != 0 ? ea : 1) + (eb != 0 ? eb : 1) - 254;
+    exponent = exponents[i] > exponent ? exponents[i] : exponent;
+  }
+  const int ec = static_cast<int>(c >> 23 & 0xffu);
+  if (special != 0 || ec == 255) return false;
+  if (exponent == kNone) return *out = (c << 1) == 0 ? 0 : c, true;
+  const auto last = static_cast<std::int64_t>((ec != 0 ? 0x800000u : 0u) | (c & 0x7fffffu));
+  const int last_exponent = last == 0 ? kNone : (ec != 0 ? ec : 1) - 127;
+  exponent = last_exponent > exponent ? last_exponent : exponent;
+  const MmaModel model;
+  // Cut towards zero: magnitudes are shifted, not two's complements.
+  const auto cut_at = [&](std::int64_t magnitude, int fraction, int e) -> std::int64_t {
+    const int shift = model.fraction_bits - fraction - (exponent - e);
+    return shift >= 0 ? magnitude << shift : shift <= -63 ? 0 : magnitude >> -shift;
+  };
+  std::int64_t sum = cut_at(last, 23, last_exponent);
+  sum = (c >> 31) != 0 ? -sum : sum;
+  for (int i = 0; i < kMmaDepth; ++i) {
+    const std::int64_t term =
+        cut_at(significands[i] < 0 ? -significands[i] : significands[i], 14, exponents[i]);
+    sum += significands[i] < 0 ? -term : term;
+  }
+  return *out = cut(sum, exponent, model), true;
+}
+
 }  // namespace mma_detail
 
 // The bits of c + sum of a[i] * b[i], i < 16: one step of one accumulator.
 inline std::uint32_t mma_step(const std::uint16_t* a, const std::uint16_t* b, std::uint32_t c,
-                              const MmaModel& model = {}) {
+                              const MmaModel& model) {
   using mma_detail::Kind;
   using mma_detail::Term;
   Term terms[kMmaDepth + 1];
@@ -118,11 +157,25 @@ inline std::uint32_t mma_step(const std::uint16_t* a, const std::uint16_t* b, st
   return mma_detail::cut(sum, exponent, model);
 }
 
+// By the default model.
+inline std::uint32_t mma_step(const std::uint16_t* a, const std::uint16_t* b, std::uint32_t c) {
+  std::uint32_t out;
+  return mma_detail::finite_step(a, b, c, &out) ? out : mma_step(a, b, c, MmaModel{});
+}
+
 inline float mma_step(const std::uint16_t* a, const std::uint16_t* b, float c,
-                      const MmaModel& model = {}) {
+                      const MmaModel& model) {
   std::uint32_t bits;
   std::memcpy(&bits, &c, sizeof(bits));
   bits = mma_step(a, b, bits, model);
+  std::memcpy(&c, &bits, sizeof(bits));
+  return c;
+}
+
+inline float mma_step(const std::uint16_t* a, const std::uint16_t* b, float c) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &c, sizeof(bits));
+  bits = mma_step(a, b, bits);
   std::memcpy(&c, &bits, sizeof(bits));
   return c;
 }

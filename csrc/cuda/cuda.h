@@ -8,8 +8,10 @@
 
 #include "cuda/lent.h"
 #include "ops/attn_prologue.h"
+#include "ops/copy_pages.h"
 #include "ops/dmel_embed.h"
 #include "ops/embed.h"
+#include "ops/hmlp_fold.h"
 #include "ops/linear.h"
 #include "ops/lm_head.h"
 #include "ops/moe.h"
@@ -50,5 +52,8 @@ void pack_experts(const PackExpertsParams& p, const Launch& launch);
 std::size_t moe_workspace_bytes(const MoeParams& p);
 void moe(const MoeParams& p, const Launch& launch);
 void sconv_norm(const SconvNormParams& p, const Launch& launch);
+
+void hmlp_fold(const HmlpFoldParams& p, const Launch& launch);
+void copy_pages(const CopyPagesParams& p, const Launch& launch);
 
 }  // namespace tml::cuda

@@ -51,6 +51,11 @@ TML_HOST_DEVICE constexpr std::int64_t page_offset(std::int64_t key, std::int64_
   return (key / 8 * (head_dim / 8) + channel / 8) * kCoreElements + key % 8 * 8 + channel % 8;
 }
 
+// The key of an element of K or of V.
+TML_HOST_DEVICE constexpr std::int64_t page_key(std::int64_t offset, std::int64_t head_dim) {
+  return offset / (head_dim * 8) * 8 + offset % kCoreElements / 8;
+}
+
 // Rows of 128 bytes whose sixteen-byte chunks are permuted by row: the 128-byte swizzle of the
 // hardware, for a tile whose base is 1024-byte aligned. Rows are loaded coalesced, chunk by chunk.
 TML_HOST_DEVICE constexpr int swizzled_bytes(int row, int chunk) {

@@ -62,6 +62,9 @@ TML_DEVICE void store_eight(float* p, const float (&v)[8], std::int64_t count, b
     if (i < count) p[i] = v[i];
 }
 
+TML_DEVICE float as_float(float x) { return x; }
+TML_DEVICE float as_float(std::uint16_t x) { return low_bf16(x); }
+
 // To the type of the row and back: a rounding point kept in registers.
 template <class T>
 TML_DEVICE float round_as(float x);

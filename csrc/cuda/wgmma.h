@@ -157,14 +157,17 @@ struct Wgmma {
     const int warp = static_cast<int>(threadIdx.x % 128 / 32), lane = threadIdx.x % 32;
     const unsigned char* memory = simt::shared();
     simt::issue(simt::Async::kMma, [&d, a, b, accumulate, warp, lane, memory] {
+      // Eight k of a row are sixteen bytes in a row of every layout.
+      const auto load = [&](std::uint16_t* out, std::uint64_t descriptor, int row) {
+        for (int k = 0; k < kMmaDepth; k += 8)
+          std::memcpy(out + k, memory + descriptor_byte(descriptor, row, k), 16);
+      };
+      std::uint16_t x[2][kMmaDepth];
+      for (int i = 0; i < 2; ++i) load(x[i], a, warp * 16 + fragment_row(lane, 2 * i));
       for (int i = 0; i < kColumns / 2; ++i) {
-        std::uint16_t x[kMmaDepth], y[kMmaDepth];
-        for (int k = 0; k < kMmaDepth; ++k) {
-          const int row = warp * 16 + fragment_row(lane, i);
-          std::memcpy(x + k, memory + descriptor_byte(a, row, k), 2);
-          std::memcpy(y + k, memory + descriptor_byte(b, fragment_column(lane, i), k), 2);
-        }
-        d[i] = mma_step(x, y, accumulate != 0 ? d[i] : 0.0f);
+        std::uint16_t y[kMmaDepth];
+        load(y, b, fragment_column(lane, i));
+        d[i] = mma_step(x[i / 2 % 2], y, accumulate != 0 ? d[i] : 0.0f);
       }
     });
   }

@@ -57,6 +57,28 @@ TML_TEST(tensor_core_products_keep_their_carry) {
   TML_CHECK_EQUAL(step({2.25f, -2.25f, 0x1p-12f}, {1.0f, 1.0f, 0x1p-13f}, 0.0f), 0.0f);
 }
 
+TML_TEST(tensor_core_short_way_is_the_model) {
+  Random random(3);
+  for (int round = 0; round < 20000; ++round) {
+    std::uint16_t a[kMmaDepth], b[kMmaDepth];
+    // Any bits; then numbers of like size; then many zeros; denormals and specials among them all.
+    const auto draw = [&]() -> std::uint16_t {
+      const std::uint32_t bits = random.bits();
+      if (round % 3 == 0) return static_cast<std::uint16_t>(bits);
+      if (round % 3 == 1) return to_bf16(random.normal());
+      return bits % 4 != 0 ? std::uint16_t{0} : static_cast<std::uint16_t>(bits >> 8 & 0x80ff);
+    };
+    for (int i = 0; i < kMmaDepth; ++i) {
+      a[i] = draw();
+      b[i] = draw();
+    }
+    const std::uint32_t c = round % 5 == 0   ? 0x80000000u
+                            : round % 2 == 0 ? bits_of(random.normal())
+                                             : random.bits() * 0x10001u;
+    TML_CHECK_EQUAL(mma_step(a, b, c), mma_step(a, b, c, MmaModel{}));
+  }
+}
+
 TML_TEST(tensor_core_special_values) {
   const float inf = __builtin_inff(), nan = __builtin_nanf("");
   TML_CHECK_EQUAL(step({inf}, {2.0f}, 1.0f), inf);

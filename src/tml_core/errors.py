@@ -7,6 +7,7 @@ __all__ = [
     "InvalidType",
     "MediaError",
     "MissingExtra",
+    "OutOfDeviceMemory",
     "Overloaded",
     "PoolExhausted",
     "SessionBusy",
@@ -43,6 +44,10 @@ class SnapshotError(TmlError, ValueError):
 
 class PoolExhausted(TmlError, MemoryError):
     """The page pool or the sequence slots are used up; nothing was changed."""
+
+
+class OutOfDeviceMemory(TmlError, MemoryError):
+    """A model does not fit a device; the message says what it takes and what would fit."""
 
 
 class SessionClosed(TmlError, RuntimeError):

@@ -39,6 +39,9 @@ Dim threadIdx, blockIdx, blockDim, gridDim;
 namespace {
 
 constexpr std::size_t kStackBytes = 256 << 10;
+// Behind shared memory and at the far end of a stack: a write there is an error of the kernel.
+constexpr std::size_t kGuardBytes = 256;
+constexpr unsigned char kGuard = 0xff;
 // Rounds over all fibers without anything happening before they count as stuck.
 constexpr int kStuckRounds = 64;
 
@@ -71,6 +74,7 @@ struct Block {
   unsigned id;
   std::vector<unsigned char> memory;
   unsigned char* shared;
+  std::size_t shared_bytes;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::map<int, Gate> gates;
@@ -96,7 +100,8 @@ std::unique_ptr<Block> make_block(unsigned id, unsigned threads, std::size_t sha
   auto block = std::make_unique<Block>();
   block->id = id;
   // What nobody wrote is NaN in fp32 and in bf16.
-  block->memory.assign(shared_bytes + 1024, 0xff);
+  block->memory.assign(shared_bytes + 1024 + kGuardBytes, kGuard);
+  block->shared_bytes = shared_bytes;
   const auto base = reinterpret_cast<std::uintptr_t>(block->memory.data());
   block->shared = block->memory.data() + ((base + 1023) / 1024 * 1024 - base);
   block->fibers.resize(threads);
@@ -105,6 +110,7 @@ std::unique_ptr<Block> make_block(unsigned id, unsigned threads, std::size_t sha
     Fiber& fiber = block->fibers[t];
     fiber.thread = t;
     fiber.stack.reset(new unsigned char[kStackBytes]);
+    std::memset(fiber.stack.get(), kGuard, kGuardBytes);
     // Six registers, the entry point, and an empty return address that keeps the stack aligned.
     const auto end = reinterpret_cast<std::uintptr_t>(fiber.stack.get() + kStackBytes) / 16 * 16;
     auto* const top = reinterpret_cast<std::uintptr_t*>(end) - 8;
@@ -113,6 +119,21 @@ std::unique_ptr<Block> make_block(unsigned id, unsigned threads, std::size_t sha
     fiber.top = top;
   }
   return block;
+}
+
+bool is_whole(const unsigned char* guard) {
+  for (std::size_t i = 0; i < kGuardBytes; ++i)
+    if (guard[i] != kGuard) return false;
+  return true;
+}
+
+void check_guards(const Block& block) {
+  const std::string name = "simt: block " + std::to_string(block.id);
+  if (!is_whole(block.shared + block.shared_bytes))
+    throw std::runtime_error(name + " wrote behind its shared memory");
+  for (const Fiber& fiber : block.fibers)
+    if (!is_whole(fiber.stack.get()))
+      throw std::runtime_error(name + " overflowed the stack of a thread");
 }
 
 void resume(Block& block, Fiber& fiber) {
@@ -149,10 +170,12 @@ void launch(unsigned grid, unsigned threads, std::size_t shared_bytes,
       }
     }
     for (std::size_t i = 0; i < blocks.size();) {
-      if (blocks[i]->num_done == threads && blocks[i]->later.empty())
+      if (blocks[i]->num_done == threads && blocks[i]->later.empty()) {
+        check_guards(*blocks[i]);
         blocks.erase(blocks.begin() + static_cast<std::ptrdiff_t>(i));
-      else
+      } else {
         ++i;
+      }
     }
     idle_rounds = g_progress == before ? idle_rounds + 1 : 0;
     if (idle_rounds > kStuckRounds)

@@ -17,18 +17,19 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tml_core.contract import PAGE_LEN
+from tml_core.engine.cuda_model import on_cuda, require_cuda
+from tml_core.engine.kv_budget import KvLimits, kv_budget
 from tml_core.engine.runner import StepInput, StepRunner
-from tml_core.errors import CheckpointError, InvalidArgument, InvalidType, Unsupported
+from tml_core.errors import CheckpointError, InvalidArgument, InvalidType
 from tml_core.media.dmel import DmelConfig, DmelStream
 from tml_core.media.patches import num_patches
-from tml_core.media.segments import Audio, Block, Image, Segment, Tokens
+from tml_core.media.segments import Audio, Block, Image, OwnAudio, Segment, Tokens
 from tml_core.model.backbone import Backbone
 from tml_core.model.config import ModelConfig, TextConfig, bundled_path
-from tml_core.model.kv_store import KvStore, kv_sizes
+from tml_core.model.cuda_backbone import CudaBackbone
+from tml_core.model.kv_store import KvStore
 from tml_core.model.tokenizer import load_tokenizer
 from tml_core.model.weights import load_weights
-from tml_core.ops import cuda
 from tml_core.sequence.sequence import Sequence
 from tml_core.sequence.store import SequenceStore
 from tml_core.sequence.token_log import IMAGE_ID
@@ -53,12 +54,10 @@ class Model:
     thread at a time. ``encoder_s``: time in the encoders so far.
     """
 
-    device: Final = torch.device("cpu")
-
     def __init__(
         self,
         config: ModelConfig,
-        backbone: Backbone,
+        backbone: Backbone | CudaBackbone,
         store: SequenceStore,
         *,
         tokenizer: Tokenizer | None = None,
@@ -71,6 +70,11 @@ class Model:
         self.runner: Final = StepRunner(backbone, store, max_step_tokens=max_step_tokens)
         self.dmel_config: Final = _dmel_config(config)
         self.encoder_s = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights, sequences and logits are."""
+        return self.store.kv.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,7 +103,7 @@ class Model:
         )
 
     def logits(self, segments: SequenceOf[Segment | Block]) -> Tensor:
-        """Logits of a whole sequence of segments: float32 [T, V].
+        """Logits of a whole sequence of segments: float32 [T, V], on the model's device.
 
         The same bits as `Sequence.extend` over any cutting of them: it runs the same steps on a
         sequence that is closed again. A rest of raw audio is filled up with zeros.
@@ -195,6 +199,8 @@ class Model:
             return len(part.ids)
         if isinstance(part, Audio):
             return 0 if part.bins is None else len(part.bins)
+        if isinstance(part, OwnAudio):
+            return len(part.mel)
         if part.patches is not None:
             return len(part.patches)
         if part.rgb is None or self.config.vision is None:
@@ -215,24 +221,33 @@ def load_model(
 ) -> Model:
     """Load a checkpoint directory (config.json and safetensors), or ``"nano"``, the bundled one.
 
+    ``device``: "cpu", or "cuda" (an H100 or H200; bfloat16 alone), where all but token ids then is.
     ``dtype``: "bfloat16" or "float32". ``max_sequences``: how many may be open at once, forks
     included. ``max_positions``: length of a sequence, the model's own limit by default.
     ``kv_memory_bytes``: what all sequences together may take, a quarter of this machine's memory
-    by default; it is taken as it is used. ``max_step_tokens``: positions of one step.
+    by default, taken as it is used; on a GPU nearly all that is free, taken at once.
+    ``max_step_tokens``: positions of one step.
 
     Raises CheckpointError for a directory that is not such a model, InvalidArgument for an unknown
-    name, dtype or limit, Unsupported for a device this build has no kernels for.
+    name, dtype or limit, Unsupported, saying why, for a device this machine or build does not
+    have, OutOfDeviceMemory with what would fit one.
     """
-    _require_cpu(device)
-    torch_dtype = _as_dtype(dtype)
+    torch_device, torch_dtype = _as_device(device), _as_dtype(dtype)
+    if torch_device.type == "cuda":
+        torch_device = require_cuda(torch_device, torch_dtype)
+    limits = KvLimits(max_sequences, max_positions, kv_memory_bytes, max_step_tokens)
     directory = _directory(path)
     config = ModelConfig.from_path(directory)
+    limits.check(config.text)
     weights = load_weights(directory, config, torch_dtype)
     fingerprint = weights_fingerprint(config, weights)
-    kv = _kv_store(
-        config.text, torch_dtype, max_sequences, max_positions, kv_memory_bytes, max_step_tokens
-    )
-    backbone = Backbone(config, weights, torch_dtype)
+    backbone: Backbone | CudaBackbone
+    kv: KvStore
+    if torch_device.type == "cuda":
+        backbone, kv = on_cuda(config, weights, limits, torch_device)
+    else:
+        kv = _kv_store(config.text, torch_dtype, limits)
+        backbone = Backbone(config, weights, torch_dtype)
     return Model(
         config,
         backbone,
@@ -262,49 +277,12 @@ def weights_fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> s
     return hasher.hexdigest()
 
 
-def _kv_store(
-    config: TextConfig,
-    dtype: torch.dtype,
-    max_sequences: int,
-    max_positions: int | None,
-    kv_memory_bytes: int | None,
-    max_step_tokens: int,
-) -> KvStore:
-    for name, value in (
-        ("max_sequences", max_sequences),
-        ("max_positions", max_positions),
-        ("kv_memory_bytes", kv_memory_bytes),
-        ("max_step_tokens", max_step_tokens),
-    ):
-        if value is not None and value < 1:
-            raise InvalidArgument(f"{name}: expected at least 1, got {value}")
-    positions = config.max_positions if max_positions is None else max_positions
-    if positions > config.max_positions:
-        raise InvalidArgument(
-            f"max_positions: expected at most the model's {config.max_positions}, got {positions}"
-        )
-    budget = kv_memory_bytes
-    if budget is None:
-        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    sizes = kv_sizes(config, dtype)
-    max_pages = -(-positions // PAGE_LEN)
-    # Beside its window a sequence needs the pages of the step it is in; marks and a step of a long
-    # block take more, for which there is three times the window where memory allows.
-    step_pages = -(-max_step_tokens // PAGE_LEN) + 1
-    fewest = min(sizes.window_pages + step_pages, max_pages)
-    most = min(4 * sizes.window_pages + step_pages, max_pages)
-    fixed_bytes = max_sequences * (fewest * sizes.sliding_page_bytes + sizes.conv_bytes)
-    if budget < fixed_bytes + sizes.global_page_bytes:
-        raise InvalidArgument(
-            f"kv_memory_bytes: {max_sequences} sequences need at least "
-            f"{fixed_bytes + sizes.global_page_bytes}, got {budget}"
-        )
-    spare = (budget - fixed_bytes) // 4
-    extra = min(spare // max(1, sizes.sliding_page_bytes), max_sequences * (most - fewest))
-    num_sliding = max_sequences * fewest + extra
-    left = budget - fixed_bytes - extra * sizes.sliding_page_bytes
-    num_global = min(left // max(1, sizes.global_page_bytes), max_sequences * max_pages)
-    return KvStore(config, dtype, max_sequences, positions, num_global, num_sliding)
+def _kv_store(config: TextConfig, dtype: torch.dtype, limits: KvLimits) -> KvStore:
+    budget_bytes = limits.kv_memory_bytes
+    if budget_bytes is None:
+        budget_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    budget = kv_budget(config, dtype, limits, budget_bytes)
+    return KvStore(config, dtype, limits.max_sequences, *budget)
 
 
 def _dmel_config(config: ModelConfig) -> DmelConfig | None:
@@ -330,18 +308,14 @@ def _with_bins(part: Segment, stream: DmelStream) -> Segment:
     return part
 
 
-def _require_cpu(device: str | torch.device) -> None:
+def _as_device(device: str | torch.device) -> torch.device:
     try:
-        kind = torch.device(device).type
+        found = torch.device(device)
     except (RuntimeError, TypeError):
         raise InvalidArgument(f"device: expected 'cpu' or 'cuda', got {device!r}") from None
-    if kind == "cuda":
-        cuda.require(torch.device(device).index or 0)
-        raise Unsupported(
-            "device: models do not run on 'cuda' yet, only tml_core.ops.cuda; use 'cpu'"
-        )
-    if kind != "cpu":
+    if found.type not in ("cpu", "cuda"):
         raise InvalidArgument(f"device: expected 'cpu' or 'cuda', got {str(device)!r}")
+    return found
 
 
 def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -20,7 +20,7 @@ class PageMemory:
     """Pages in the CPU's memory. ``pages``: [num_pages, layers, kv_heads, 2, 128 * head_dim]."""
 
     def __init__(self, pages: Tensor) -> None:
-        self.pages: Final = pages
+        self.pages = pages
         self._bytes = as_bytes(pages)
 
     def __len__(self) -> int:

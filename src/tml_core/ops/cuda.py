@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from tml_core import _ext
+from tml_core.contract import PAGE_LEN
 from tml_core.errors import InvalidArgument, Unsupported
 from tml_core.ops._common import refuse_grad
 
 __all__ = [
     "CudaExperts",
+    "CudaHmlp",
     "CudaWeight",
     "attn_prologue",
+    "copy_pages",
     "dmel_embed",
     "embed",
+    "hmlp",
     "linear",
     "lm_head_logprobs",
     "lm_head_sample",
@@ -40,6 +44,7 @@ __all__ = [
 
 _BLOCK = 64  # rows and k of a weight block
 _UNITS = 32  # units of SwiGLU in one: gate and up rows
+_PATCHES = 256  # at a time, so that a large image needs no more workspace than a small one
 
 
 def problem(device: int = 0) -> str:
@@ -73,6 +78,27 @@ class CudaExperts:
     num_shared: int
     hidden: int
     width: int
+
+
+@dataclass(frozen=True)
+class CudaHmlp:
+    """As ``tml_core.ops.hmlp.HmlpWeights``, of packed projections on the device."""
+
+    folds: tuple[tuple[int, int], ...]
+    projections: tuple[CudaWeight, ...]
+    norms: tuple[Tensor, ...]
+    final_norm: Tensor
+    eps: float = 1e-6
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int, int]:
+        """(frames, height, width, channels) of a patch."""
+        frames = side = 1
+        for frame_fold, side_fold in self.folds:
+            frames, side = frames * frame_fold, side * side_fold
+        frame_fold, side_fold = self.folds[0]
+        channels = self.projections[0].in_dim // (frame_fold * side_fold * side_fold)
+        return frames, side, side, channels
 
 
 def _blocks(n: int) -> int:
@@ -219,13 +245,10 @@ def session_attn(
     on the device."""
     num_tokens, heads, head_dim = q_TND.shape
     out = q_TND.new_empty(num_tokens, heads * head_dim)
-    workspace = None
-    if q_TND.is_cuda:
-        size = _ext.cuda_session_attn_workspace(
-            num_tokens, slots.shape[0], heads, pages.shape[2], head_dim, table.shape[1], window,
-            q_TND.get_device(),
-        )  # fmt: skip
-        workspace = _workspace(size, q_TND.device)
+    size = _ext.cuda_session_attn_workspace(
+        q_TND, slots.shape[0], pages.shape[2], table.shape[1], window
+    )
+    workspace = _workspace(size, q_TND.device)
     _ext.cuda_session_attn(
         q_TND, r_TNC, rel_bank, pages, layer, table, cu_tokens, slots, start_pos, visible_end_T,
         window, 1.0 / head_dim if scale is None else scale, rel_len, out, lse_TN, workspace,
@@ -276,6 +299,49 @@ def moe(
         experts.width, y_TH, None, _workspace(size, x_TH.device),
     )  # fmt: skip
     return y_TH
+
+
+def hmlp(patches_PTSSC: Tensor, weights: CudaHmlp) -> Tensor:
+    """As ``tml_core.ops.hmlp`` of packed projections: patches fp32 or bf16 -> bf16 [P, H]."""
+    if tuple(patches_PTSSC.shape[1:]) != weights.patch_shape:
+        want = ", ".join(map(str, weights.patch_shape))
+        raise InvalidArgument(
+            f"cuda_hmlp: patches must be [P, {want}], got {list(patches_PTSSC.shape)}"
+        )
+    parts = [_encoded(part, weights) for part in patches_PTSSC.split(_PATCHES)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _encoded(x_PTSSC: Tensor, weights: CudaHmlp) -> Tensor:
+    num_patches, frames, side = x_PTSSC.shape[:3]
+    x_PTSSC = x_PTSSC.contiguous()
+    device = x_PTSSC.device
+    for index, (fold, projection) in enumerate(
+        zip(weights.folds, weights.projections, strict=True)
+    ):
+        frames, side = frames // fold[0], side // fold[1]
+        num_rows, in_dim = num_patches * frames * side * side, projection.in_dim
+        rows_NK = torch.empty(num_rows, -(-in_dim // 8) * 8, dtype=torch.bfloat16, device=device)
+        _ext.cuda_hmlp_fold(x_PTSSC, *fold, rows_NK)
+        y_NC = linear(rows_NK[:, :in_dim], projection)
+        if index < len(weights.norms):
+            y_NC = rms_norm(y_NC, weights.norms[index], weights.eps, use_gelu=True)
+        x_PTSSC = y_NC.view(num_patches, frames, side, side, projection.out_dim)
+    return rms_norm(x_PTSSC.flatten(1), weights.final_norm, weights.eps)
+
+
+def copy_pages(
+    source: Tensor,
+    target: Tensor,
+    *,
+    source_ids: Tensor | None = None,
+    target_ids: Tensor | None = None,
+    last_len: int = PAGE_LEN,
+) -> None:
+    """Copy pages [N, layers, heads, 2, 128 D] into ``target``: all in order, or those that the
+    int32 ids on the device name. No page of ``target`` may be one that is read. What stands after
+    the first ``last_len`` positions of the last becomes zero."""
+    _ext.cuda_copy_pages(source, target, source_ids, target_ids, last_len)
 
 
 def lm_head_logprobs(h_TH: Tensor, weight: CudaWeight, targets_T: Tensor) -> Tensor:
