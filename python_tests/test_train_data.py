@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from byte_model import BYTE_MODEL
 from tml_core import errors
 from tml_core.layout import Stream
-from tml_core.media.segments import Tokens
+from tml_core.media.patches import image_patches
+from tml_core.media.segments import Audio, Image, Tokens
 from tml_core.model.config import ModelConfig
 from tml_core.model.tokenizer import load_tokenizer
 from tml_core.train import PackedBatch, ShardReader, Transcript, read_sessions, write_shards
@@ -44,6 +46,30 @@ def test_transcripts_come_back_as_they_were(config: ModelConfig, tmp_path: Path)
         assert_same(reader[index], transcripts[index], config)
     for one, other in zip(reader[1:4], transcripts[1:4], strict=True):
         assert_same(one, other, config)
+
+
+def test_levels_share_bytes_and_pictures_stay_if_asked(tmp_path: Path) -> None:
+    nano = ModelConfig.from_path(BYTE_MODEL)
+    assert nano.audio is not None and nano.audio.num_levels == 16
+    generator = torch.Generator().manual_seed(1)
+    bins = torch.randint(0, 16, (40, 80), generator=generator, dtype=torch.int32)
+    pixels = torch.randint(0, 256, (60, 50, 3), generator=generator, dtype=torch.uint8)
+    segments = [Audio(bins=bins), Image(patches=image_patches(pixels)), Tokens([3, 4])]
+    length = 42 + len(image_patches(pixels))
+    one = Transcript.next_tokens(segments, [Stream.INPUT] * (length - 1) + [Stream.TEXT])
+    for name, quality in (("jpeg", 92), ("whole", None)):
+        write_shards([one, one], tmp_path / name, nano, jpeg_quality=quality)
+    sizes = {
+        name: (tmp_path / name / "shard-00000.safetensors").stat().st_size
+        for name in ("jpeg", "whole")
+    }
+    assert sizes["jpeg"] < sizes["whole"] / 5
+    with safe_open(tmp_path / "jpeg" / "shard-00000.safetensors", "pt") as file:
+        assert list(file.get_slice("bins").get_shape()) == [80, 40]
+    kept = ShardReader(tmp_path / "whole", nano)[1]
+    assert_same(kept, one, nano)
+    packed = PackedBatch.pack([ShardReader(tmp_path / "jpeg", nano)[1]], nano)
+    assert torch.equal(packed.bins, bins) and packed.patches.shape == (4, 2, 40, 40, 3)
 
 
 def test_shards_take_turns_in_memory(

@@ -5,7 +5,8 @@ SHA-256 and the lengths of its transcripts) and ``shard-00000.safetensors``, ...
 written whole or not at all; the index comes last.
 
 Two dMel levels share a byte where there are at most 16, ids and labels have 16 bits where these are
-enough, and pictures are JPEG; patches that are no picture of bytes are kept as they are.
+enough, mel frames of own sound are halves (to 0.02 dB), and pictures are JPEG; patches that are no
+picture of bytes are kept as they are.
 
 Legend: N text positions, F audio frames, P patches, T positions, K pieces.
 """
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tml_core.errors import CheckpointError, InvalidArgument
-from tml_core.media.segments import Audio, Block, Image, Segment, Tokens
+from tml_core.media.segments import Audio, Block, Image, OwnAudio, Segment, Tokens
 from tml_core.model.config import ModelConfig
 from tml_core.train.files import file_digest, replaced_file
 from tml_core.train.packing import PackedBatch, Transcript
@@ -41,7 +42,7 @@ __all__ = [
 _FORMAT: Final = "tml-transcripts"
 _VERSION: Final = 2
 _INDEX: Final = "dataset.json"
-_TOKENS, _AUDIO, _PATCHES, _PICTURE = range(4)
+_TOKENS, _AUDIO, _PATCHES, _PICTURE, _OWN = range(5)
 _PACKED_LEVELS: Final = 16  # two of them fit a byte
 _MAX_OPEN: Final = 64  # shards that stay mapped
 
@@ -106,10 +107,10 @@ def shard_entry(file: Path) -> dict[str, Any]:
     try:
         with cast(Any, safe_open)(file, framework="pt") as opened:
             lengths = opened.get_tensor("lengths").tolist()
-            facts = dict(opened.metadata())
-    except (SafetensorError, OSError) as error:
+            facts = json.loads(opened.metadata()["shard"])
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"data: shard {file} cannot be read: {error}") from error
-    if (facts.pop("format", None), facts.pop("version", None)) != (_FORMAT, str(_VERSION)):
+    if (facts.pop("format", None), facts.pop("version", None)) != (_FORMAT, _VERSION):
         raise CheckpointError(f"data: shard {file} must be {_FORMAT} {_VERSION}, got another")
     return {
         "name": file.name,
@@ -260,7 +261,9 @@ class _Shard:
             "num_pieces": torch.tensor(self._num_pieces, dtype=torch.int32),
             "lengths": torch.tensor(self.lengths, dtype=torch.int32),
         }
-        metadata = {**(facts or {}), "format": _FORMAT, "version": str(_VERSION)}
+        # One entry, for several are written in any order.
+        told = {**(facts or {}), "format": _FORMAT, "version": _VERSION}
+        metadata = {"shard": json.dumps(told, sort_keys=True)}
         with replaced_file(file) as partial:
             try:
                 save_file(tensors, partial, metadata=metadata)
@@ -276,6 +279,13 @@ class _Shard:
             assert part.bins is not None  # a transcript has no other sound
             self._add("bins", _packed_levels(part.bins, self._config))
             return _AUDIO, len(part.bins)
+        if isinstance(part, OwnAudio):
+            before_M = part.before
+            if before_M is None:
+                before_M = part.mel.new_full((part.mel.shape[2],), torch.nan)
+            self._add("own", part.mel.half())
+            self._add("own_before", before_M[None].half())
+            return _OWN, len(part.mel)
         assert part.patches is not None
         packed = None if self._quality is None else pack_picture(part.patches, self._quality)
         if packed is None:
@@ -306,12 +316,13 @@ class _ShardView:
         self._ends = _ends(self._file.get_tensor("lengths"))
         # Where each piece begins among those of its kind.
         self._starts = torch.zeros(len(pieces), dtype=torch.int64)
-        for kind in range(4):
+        for kind in range(5):
             is_kind = pieces[:, 0] == kind
             lengths = pieces[is_kind, 1]
             self._starts[is_kind] = lengths.cumsum(0) - lengths
         is_picture = pieces[:, 0] == _PICTURE
         self._num_pictures = _ends(is_picture)  # before each piece
+        self._num_own = _ends(pieces[:, 0] == _OWN)
         has_pictures = bool(is_picture.any())
         self._jpeg_ends = _ends(self._file.get_tensor("jpeg_len")) if has_pictures else []
 
@@ -343,6 +354,11 @@ class _ShardView:
             return Audio(bins=_levels(self._rows("bins", rows), self._config))
         if kind == _PATCHES:
             return Image(patches=self._rows("patches", rows))
+        if kind == _OWN:
+            number = self._num_own[index]
+            (before_M,) = self._rows("own_before", slice(number, number + 1)).float()
+            mel = self._rows("own", rows).float()
+            return OwnAudio(mel, None if before_M.isnan().any() else before_M)
         number = self._num_pictures[index]
         own = slice(self._jpeg_ends[number], self._jpeg_ends[number + 1])
         jpeg = self._rows("jpeg", own).numpy().tobytes()
