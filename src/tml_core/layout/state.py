@@ -37,7 +37,7 @@ class Stream(IntEnum):
     """Who is responsible for a position; trainers weigh the loss of predicting it by this.
 
     INPUT came from outside, FORCED was put there by the layout without sampling: neither is a
-    choice of the model.
+    choice of the model. AUDIO is sound the model made.
     """
 
     INPUT = 0
@@ -46,6 +46,7 @@ class Stream(IntEnum):
     CONTROL = 3
     CALL = 4
     FORCED = 5
+    AUDIO = 6
 
 
 @dataclass(frozen=True, kw_only=True)

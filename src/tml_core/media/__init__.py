@@ -17,7 +17,7 @@ from tml_core.media.dmel import DmelConfig, DmelState, DmelStream, dmel_bins
 from tml_core.media.mel import Mel, MelConfig, MelState, MelStream, dmel_of_mel, mel_frames
 from tml_core.media.micro_turns import TICK_MS, TICK_SAMPLES, MicroTurn, micro_turns
 from tml_core.media.patches import PATCH_SIZE, image_patches, num_patches
-from tml_core.media.segments import Audio, Block, Image, Segment, Tokens
+from tml_core.media.segments import Audio, Block, Image, OwnAudio, Segment, Tokens
 from tml_core.media.video_file import DEFAULT_MAX_EDGE, VideoReader, fit_frame
 from tml_core.media.vocoder import GriffinLim, Vocoder, VocoderState
 
@@ -40,6 +40,7 @@ __all__ = [
     "MelState",
     "MelStream",
     "MicroTurn",
+    "OwnAudio",
     "Segment",
     "Tokens",
     "VideoReader",

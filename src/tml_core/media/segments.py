@@ -1,6 +1,7 @@
 """Segments: the pieces a sequence is made of, checked for all that does not need a model.
 
-Legend: T tokens, S samples, F dMel frames, M mel channels, P patches, H height, W width.
+Legend: T tokens, S samples, F frames, M mel channels, B blocks of 50 ms, P patches, H height,
+W width.
 Arrays are kept without a copy: do not write to them while the segment is in use.
 """
 
@@ -13,7 +14,7 @@ import torch
 from tml_core.errors import InvalidArgument, InvalidType
 from tml_core.media._checks import Pcm, Rgb, as_array, pcm_array, rgb_array
 
-__all__ = ["Audio", "Block", "Image", "Segment", "Tokens"]
+__all__ = ["Audio", "Block", "Image", "OwnAudio", "Segment", "Tokens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,31 @@ class Image:
             object.__setattr__(self, "second", second_HWC)
 
 
-Segment = Tokens | Audio | Image
+@dataclass(frozen=True, eq=False)
+class OwnAudio:
+    """Sound the model made, one position for each block. ``mel``: float32 [B, F, M], log10 frames,
+    at least one block. ``before``: float32 [M], the frame that was said before the first one, None
+    after silence.
+
+    Raises InvalidArgument for another dtype or shape, or values that are not finite.
+    """
+
+    mel: torch.Tensor
+    before: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        mel_BFM = _mel("OwnAudio.mel", self.mel, 3, "[blocks, frames, mel channels]")
+        object.__setattr__(self, "mel", mel_BFM)
+        if self.before is not None:
+            before_M = _mel("OwnAudio.before", self.before, 1, "[mel channels]")
+            if before_M.shape[0] != mel_BFM.shape[2]:
+                raise InvalidArgument(
+                    f"OwnAudio.before: expected [{mel_BFM.shape[2]}], got {list(before_M.shape)}"
+                )
+            object.__setattr__(self, "before", before_M)
+
+
+Segment = Tokens | Audio | Image | OwnAudio
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +170,18 @@ def _bins(bins: object) -> torch.Tensor:
     if bins_FM.size and int(bins_FM.min()) < 0:
         raise InvalidArgument(f"Audio.bins: expected levels of at least 0, got {bins_FM.min()}")
     return torch.as_tensor(bins_FM)
+
+
+def _mel(name: str, mel: object, num_dims: int, shape: str) -> torch.Tensor:
+    wanted = f"a float32 array of shape {shape}"
+    array = as_array(name, mel, wanted)
+    if array.dtype != np.float32:
+        raise InvalidArgument(f"{name}: expected {wanted}, got dtype {array.dtype}")
+    if array.ndim != num_dims or 0 in array.shape:
+        raise InvalidArgument(f"{name}: expected {wanted}, got shape {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise InvalidArgument(f"{name}: expected finite values, got NaN or infinity")
+    return torch.as_tensor(array)
 
 
 def _patches(patches: object) -> torch.Tensor:

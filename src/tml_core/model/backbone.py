@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tml_core.errors import InvalidArgument, InvalidType
 from tml_core.media.patches import image_patches
-from tml_core.media.segments import Audio, Block, Image, Segment, Tokens
+from tml_core.media.segments import Audio, Block, Image, OwnAudio, Segment, Tokens
 from tml_core.model.config import ENCODER_NORM_EPS, ModelConfig
 from tml_core.model.decoder import Decoder
+from tml_core.model.flow import SELF_EMBED, FlowHead, own_bins, own_table
 from tml_core.model.kv_store import KvStore
 from tml_core.model.step_batch import StepBatch
 from tml_core.model.token_loop import TokenLoop
@@ -48,7 +49,8 @@ class EmbeddedSegments:
 class Backbone:
     """A model's weights in the kernels' layout and the steps that use them.
 
-    ``weights``: canonical names of ``expected_shapes(config)`` in ``dtype``; consumed.
+    ``weights``: canonical names of ``expected_shapes(config)`` in ``dtype``; consumed. ``flow`` is
+    the head it speaks with, None without one.
     """
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -64,6 +66,7 @@ class Backbone:
             audio = "model.audio_tower."
             self._dmel_table = weights.pop(audio + "embed_audio_tokens.embed_audio_tokens.weight")
             self._dmel_norm = weights.pop(audio + "norm.weight")
+        self.flow = self._take_flow(weights)
         self._hmlp = self._take_hmlp(weights)
         # Pictures that were encoded beforehand; those that nobody embeds any more leave no trace.
         self._encoded: WeakKeyDictionary[Image, Tensor] = WeakKeyDictionary()
@@ -85,7 +88,8 @@ class Backbone:
         modality it lacks, and for audio given as pcm; nothing is kept of a refused call.
         """
         ids: list[NDArray[np.int64]] = []
-        media: list[tuple[int, int, Tensor]] = []  # from where to where, levels or embeddings
+        # From where to where, levels or embeddings, and whose voice it is.
+        media: list[tuple[int, int, Tensor, bool]] = []
         blocks: list[tuple[int, int]] = []
         num_tokens = 0
         for segment in segments:
@@ -96,7 +100,8 @@ class Backbone:
                 else:
                     part = self._encode(piece)
                     found = np.zeros(part.shape[0], np.int64)
-                    media.append((num_tokens, num_tokens + part.shape[0], part))
+                    is_own = isinstance(piece, OwnAudio)
+                    media.append((num_tokens, num_tokens + part.shape[0], part, is_own))
                 ids.append(found)
                 num_tokens += len(found)
             if isinstance(segment, Block) and num_tokens > start:
@@ -105,9 +110,10 @@ class Backbone:
         ids_T = np.concatenate(ids) if ids else np.zeros(0, np.int64)
         token_ids = torch.from_numpy(ids_T)
         x_TD = self.embed_ids(token_ids)
-        for start, end, part in media:
+        for start, end, part, is_own in media:
             if part.dtype == torch.int32:
-                self._embed_levels(part, x_TD[start:end])
+                table_VD = self._own_table if is_own else self._dmel_table
+                self._embed_levels(part, table_VD, x_TD[start:end])
             else:
                 x_TD[start:end] = part
             ids_T[start:end] = -1
@@ -151,20 +157,24 @@ class Backbone:
         """Levels of sound int32 [F, M], or the embeddings [P, D] of a picture."""
         if isinstance(piece, Image):
             return self._embed_image(piece)
-        if not isinstance(piece, Audio):
+        if not isinstance(piece, Audio | OwnAudio):
             raise InvalidType(
-                f"segments: expected Tokens, Audio, Image or Block, got {type(piece).__name__}"
+                "segments: expected Tokens, Audio, Image, OwnAudio or Block, "
+                f"got {type(piece).__name__}"
             )
         if self.config.audio is None:
             raise InvalidArgument("segments: this model has no audio encoder")
+        if isinstance(piece, OwnAudio):
+            if self.flow is None:
+                raise InvalidArgument("segments: this model has no audio-out head")
+            return own_bins(self.flow.config, self.config.audio, piece.mel)
         if piece.bins is None:
             raise InvalidArgument("segments: expected Audio(bins=...), got pcm")
         return piece.bins
 
-    def _embed_levels(self, bins_FM: Tensor, out_FD: Tensor) -> None:
-        config = self.config.audio
+    def _embed_levels(self, bins_FM: Tensor, table_VD: Tensor, out_FD: Tensor) -> None:
+        config, norm_D = self.config.audio, self._dmel_norm
         assert config is not None  # _encode has seen to it
-        table_VD, norm_D = self._dmel_table, self._dmel_norm
         dmel_embed(bins_FM, table_VD, config.num_levels, norm_D, ENCODER_NORM_EPS, out_FH=out_FD)
 
     def encode_together(self, images: Sequence[Image]) -> None:
@@ -204,6 +214,14 @@ class Backbone:
             size = self.config.vision.patch_size
             patches = image_patches(image.rgb, image.second, patch_size=size)
         return patches
+
+    def _take_flow(self, weights: dict[str, Tensor]) -> FlowHead | None:
+        interaction, audio = self.config.interaction, self.config.audio
+        if interaction is None or interaction.audio_out is None or audio is None:
+            return None
+        self_embed_D = weights.pop(SELF_EMBED)
+        self._own_table = own_table(self._dmel_table, self_embed_D, audio.num_levels)
+        return FlowHead(interaction.audio_out, weights)
 
     def _take_hmlp(self, weights: dict[str, Tensor]) -> HmlpWeights | None:
         config = self.config.vision

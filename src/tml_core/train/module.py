@@ -1,7 +1,7 @@
 """The model a trainer differentiates; its forward has the bits of serving.
 
-Legend: T positions of all sequences, N text positions, D hidden size, J gate and up rows of an
-MLP, I its inner width, V vocabulary.
+Legend: T positions of all sequences, N text positions, A blocks of own sound, D hidden size, J gate
+and up rows of an MLP, I its inner width, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tml_core.errors import InvalidArgument
 from tml_core.model.config import ENCODER_NORM_EPS, ModelConfig
+from tml_core.model.flow import SELF_EMBED, flow_weights, own_table
 from tml_core.model.weights import expected_shapes, is_kept_fp32
 from tml_core.ops.hmlp import HmlpWeights
 from tml_core.ops.linear import linear
+from tml_core.train.flow_loss import flow_loss
 from tml_core.train.op_set import KERNELS, OpSet
 from tml_core.train.packing import PackedBatch
 
@@ -30,12 +32,14 @@ class ModelOutput(NamedTuple):
 
     ``logprobs``: of the targets, float32 [T], 0 where there is none. ``entropy``: of each
     prediction in nats, float32 [T], if asked for. ``expert_ids``: int32 [T, top_k] for each layer
-    of `TrainableModel.sparse_layers`.
+    of `TrainableModel.sparse_layers`. ``flow_losses``: of the blocks of own sound, float32 [A], if
+    asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
     expert_ids: tuple[Tensor, ...]
+    flow_losses: Tensor | None = None
 
 
 class TrainableModel(nn.Module):
@@ -122,8 +126,14 @@ class TrainableModel(nn.Module):
         out = self.run(batch, with_entropy=with_entropy)
         return out.logprobs if out.entropy is None else (out.logprobs, out.entropy)
 
-    def run(self, batch: PackedBatch, *, with_entropy: bool = False) -> ModelOutput:
-        """The forward pass with the experts it chose, which load balancing counts."""
+    def run(
+        self, batch: PackedBatch, *, with_entropy: bool = False, flow_seed: int | None = None
+    ) -> ModelOutput:
+        """The forward pass with the experts it chose, which load balancing counts.
+
+        ``flow_seed``: of the noise and times of `flow_loss` for each block of own sound in the
+        batch; another for every batch of every step. Without it these losses are left out.
+        """
         h_TD, expert_ids = self._decode(batch)
         logprobs_T, entropy_T = self._ops.linear_logp(
             h_TD,
@@ -132,7 +142,23 @@ class TrainableModel(nn.Module):
             self.config.text.unpadded_vocab_size,
             with_entropy,
         )
-        return ModelOutput(logprobs_T, entropy_T, expert_ids)
+        flow_losses_A = None if flow_seed is None else self._flow_losses(h_TD, batch, flow_seed)
+        return ModelOutput(logprobs_T, entropy_T, expert_ids, flow_losses_A)
+
+    def _flow_losses(self, h_TD: Tensor, batch: PackedBatch, seed: int) -> Tensor:
+        interaction = self.config.interaction
+        if interaction is None or interaction.audio_out is None:
+            raise InvalidArgument("flow_seed: this model has no audio-out head")
+        head = interaction.audio_out
+        return flow_loss(
+            head,
+            flow_weights(head, self._get, is_packed=False),
+            h_TD.index_select(0, batch.own_after),
+            batch.own_mel,
+            batch.own_before,
+            seed=seed,
+            draw_ids=range(batch.num_blocks),
+        )
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """What the vocabulary head takes: [T, D] in ``dtype``, after the final norm over mup."""
@@ -206,19 +232,21 @@ class TrainableModel(nn.Module):
         )
         parts = [text_ND]
         if config.audio is not None and len(batch.bins):
-            audio = "model.audio_tower."
-            parts.append(
-                self._ops.dmel_embed(
-                    batch.bins,
-                    self._get(audio + "embed_audio_tokens.embed_audio_tokens.weight"),
-                    config.audio.num_levels,
-                    self._get(audio + "norm.weight"),
-                    ENCODER_NORM_EPS,
-                )
-            )
+            parts.append(self._embed_levels(batch.bins, config.audio.num_levels, is_own=False))
         if self._vision_layers and len(batch.patches):
             parts.append(self._ops.hmlp(batch.patches, self._hmlp_weights()))
+        if config.audio is not None and batch.num_blocks:
+            parts.append(self._embed_levels(batch.own_bins, config.audio.num_levels, is_own=True))
         return text_ND if len(parts) == 1 else torch.cat(parts).index_select(0, batch.order)
+
+    def _embed_levels(self, bins_FC: Tensor, num_levels: int, *, is_own: bool) -> Tensor:
+        audio = "model.audio_tower."
+        table = self._get(audio + "embed_audio_tokens.embed_audio_tokens.weight")
+        if is_own:
+            table = own_table(table, self._get(SELF_EMBED), num_levels)
+        norm_D = self._get(audio + "norm.weight")
+        x_FD: Tensor = self._ops.dmel_embed(bins_FC, table, num_levels, norm_D, ENCODER_NORM_EPS)
+        return x_FD
 
     def _hmlp_weights(self) -> HmlpWeights:
         layers = self._vision_layers

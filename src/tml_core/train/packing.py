@@ -1,7 +1,7 @@
 """Transcripts, and the packed batches a training step takes: sequences end to end, no padding.
 
 Legend: T positions of all sequences, B sequences, N text positions, F audio frames, M mel channels,
-P patches.
+P patches, A blocks of own sound, K frames of one.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,14 +13,19 @@ from torch import Tensor
 
 from tml_core.errors import InvalidArgument, InvalidType
 from tml_core.layout.state import Stream
-from tml_core.media.segments import Audio, Block, Image, Segment, Tokens
+from tml_core.media.segments import Audio, Block, Image, OwnAudio, Segment, Tokens
 from tml_core.model.config import ModelConfig
+from tml_core.model.flow import own_bins
 from tml_core.ops.linear_logp import IGNORED_TARGET
 
 __all__ = ["SAMPLED_STREAMS", "PackedBatch", "Transcript"]
 
+_OWN: Final = -2  # in place of the token id of a block of own sound
+
 # What a model chooses itself; the rest came from outside or was put there by the layout.
-SAMPLED_STREAMS: Final = frozenset({Stream.TEXT, Stream.SILENCE, Stream.CONTROL, Stream.CALL})
+SAMPLED_STREAMS: Final = frozenset(
+    {Stream.TEXT, Stream.SILENCE, Stream.CONTROL, Stream.CALL, Stream.AUDIO}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +35,8 @@ class Transcript:
     ``segments``: its pieces in order; sound as bins and pictures as patches, for cutting them
     belongs to the layout.
     ``targets``: int64 [T], the token to predict after each position, -100 where there is no loss.
-    ``streams``: uint8 [T], the `Stream` of each target, INPUT where there is no loss.
+    ``streams``: uint8 [T], the `Stream` of each target, INPUT where there is no loss. AUDIO, which
+    has no token, is the block of own sound that comes next.
     Raises InvalidArgument or InvalidType when these do not fit each other.
     """
 
@@ -74,12 +80,13 @@ class Transcript:
         for position, stream in enumerate(streams):
             if stream not in loss_on or position == 0:
                 continue
-            if ids_T[position] < 0:
+            if (ids_T[position] == _OWN) != (stream == Stream.AUDIO) or ids_T[position] == -1:
                 raise InvalidArgument(
-                    f"streams[{position}]: expected INPUT at a position that is not text, "
-                    f"got {Stream(stream).name}"
+                    f"streams[{position}]: expected INPUT at a position that is not text, and "
+                    f"AUDIO at own sound only, got {Stream(stream).name}"
                 )
-            targets_T[position - 1] = ids_T[position]
+            if stream != Stream.AUDIO:
+                targets_T[position - 1] = ids_T[position]
             streams_T[position - 1] = int(stream)
         return cls(segments, targets_T, streams_T)
 
@@ -94,8 +101,11 @@ class PackedBatch:
     """Transcripts end to end, as `TrainableModel` takes them; made by `pack`.
 
     ``token_ids`` int64 [N], ``bins`` int32 [F, M], ``patches`` float32 [P, 2, size, size, 3]: what
-    there is of each kind, in order. ``order`` int64 [T]: where each position's embedding stands
-    when those of text, audio and image follow each other. ``cu_tokens`` int32 [B + 1]: sequence b
+    there is of each kind, in order; ``own_mel`` float32 [A, K, M], ``own_before`` float32 [A, M]
+    (the frame said before each block) and ``own_bins`` int32 [A, M + 1] (as `dmel_embed` takes
+    them): blocks of own sound. ``order`` int64 [T]: where each position's embedding stands when
+    those of text, audio, image and own sound follow each other. ``own_after`` int64 [A]: the
+    position before each block.  ``cu_tokens`` int32 [B + 1]: sequence b
     owns positions [cu_tokens[b], cu_tokens[b + 1]). ``visible_end`` int64 [T]: the last position
     of its sequence that each one sees. ``targets`` int64 [T], ``streams`` uint8 [T]: as in
     `Transcript`.
@@ -104,6 +114,10 @@ class PackedBatch:
     token_ids: Tensor
     bins: Tensor
     patches: Tensor
+    own_mel: Tensor
+    own_before: Tensor
+    own_bins: Tensor
+    own_after: Tensor
     order: Tensor
     cu_tokens: Tensor
     visible_end: Tensor
@@ -154,6 +168,11 @@ class PackedBatch:
         """Positions with a loss."""
         return int((self.targets != IGNORED_TARGET).sum())
 
+    @property
+    def num_blocks(self) -> int:
+        """A."""
+        return self.own_mel.shape[0]
+
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on ``device``."""
         return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
@@ -170,7 +189,13 @@ class _Packer:
         self._ids = [torch.empty(0, dtype=torch.int64)]
         self._bins = [torch.empty(0, num_bins, dtype=torch.int32)]
         self._patches = [torch.empty(0, vision.temporal_size if vision else 2, size, size, 3)]
-        self._kinds: list[Tensor] = []  # of each position: 0 text, 1 audio, 2 image
+        head = config.interaction.audio_out if config.interaction else None
+        self._head = head
+        num_frames, num_channels = (head.num_frames, head.num_mel_bins) if head else (0, 0)
+        self._own_mel = [torch.empty(0, num_frames, num_channels)]
+        self._own_before = [torch.empty(0, num_channels)]
+        self._own_bins = [torch.empty(0, num_channels + 1, dtype=torch.int32)]
+        self._kinds: list[Tensor] = []  # of each position: 0 text, 1 audio, 2 image, 3 own sound
         self._visible: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._streams: list[Tensor] = []
@@ -181,6 +206,10 @@ class _Packer:
         for piece_index, piece in enumerate(transcript.segments):
             first = start
             for part in _parts([piece]):
+                if isinstance(part, OwnAudio) and start == 0:
+                    raise InvalidArgument(
+                        f"{where}.segments[{piece_index}]: own sound must follow something"
+                    )
                 start += self._add_part(f"{where}.segments[{piece_index}]", part)
             own = torch.arange(first, start)
             is_block = isinstance(piece, Block)
@@ -207,6 +236,10 @@ class _Packer:
             "token_ids": torch.cat(self._ids),
             "bins": torch.cat(self._bins),
             "patches": torch.cat(self._patches),
+            "own_mel": torch.cat(self._own_mel),
+            "own_before": torch.cat(self._own_before),
+            "own_bins": torch.cat(self._own_bins),
+            "own_after": (kind_T == 3).nonzero()[:, 0] - 1,
             "order": order_T,
             "cu_tokens": torch.tensor(self._ends, dtype=torch.int32),
             "visible_end": torch.cat(self._visible),
@@ -220,6 +253,8 @@ class _Packer:
             _require_range(where, "token ids", value, self._config.text.vocab_size)
         elif isinstance(part, Audio):
             value, kind, into = self._checked_bins(where, part), 1, self._bins
+        elif isinstance(part, OwnAudio):
+            value, kind, into = self._checked_own(where, part), 3, self._own_mel
         else:
             value, kind, into = self._checked_patches(where, part), 2, self._patches
         into.append(value)
@@ -237,6 +272,24 @@ class _Packer:
             )
         _require_range(where, "bins", bins_FM, audio.num_levels)
         return bins_FM
+
+    def _checked_own(self, where: str, part: OwnAudio) -> Tensor:
+        """The blocks; what else is kept of them is added."""
+        head, audio = self._head, self._config.audio
+        if head is None or audio is None:
+            raise InvalidArgument(f"{where}: this model has no audio-out head")
+        mel_AKM = part.mel
+        if list(mel_AKM.shape[1:]) != [head.num_frames, head.num_mel_bins]:
+            raise InvalidArgument(
+                f"{where}: own sound must be [A, {head.num_frames}, {head.num_mel_bins}], "
+                f"got {list(mel_AKM.shape)}"
+            )
+        first_M = part.before
+        if first_M is None:
+            first_M = torch.full((head.num_mel_bins,), head.mel.min_log10)
+        self._own_before.append(torch.cat((first_M[None], mel_AKM[:-1, -1])))
+        self._own_bins.append(own_bins(head, audio, mel_AKM))
+        return mel_AKM
 
     def _checked_patches(self, where: str, part: Image) -> Tensor:
         vision = self._config.vision
@@ -257,9 +310,10 @@ def _parts(segments: Sequence[Segment | Block]) -> list[Segment]:
     for segment in segments:
         parts += segment.segments if isinstance(segment, Block) else [segment]
     for part in parts:
-        if not isinstance(part, (Tokens, Audio, Image)):
+        if not isinstance(part, (Tokens, Audio, Image, OwnAudio)):
             raise InvalidType(
-                f"segments: expected Tokens, Audio, Image or Block, got {type(part).__name__}"
+                "segments: expected Tokens, Audio, Image, OwnAudio or Block, "
+                f"got {type(part).__name__}"
             )
     return parts
 
@@ -281,14 +335,16 @@ def _length(part: Segment) -> int:
         return len(part.ids)
     if isinstance(part, Audio):
         return len(_bins(part))
+    if isinstance(part, OwnAudio):
+        return len(part.mel)
     return len(_patches(part))
 
 
 def _ids(part: Segment) -> Tensor:
-    """Token ids of a segment's positions: -1 where they are not text."""
+    """Token ids of a segment's positions: -1 where they are not text, -2 at own sound."""
     if isinstance(part, Tokens):
         return torch.as_tensor(part.ids)
-    return torch.full((_length(part),), -1)
+    return torch.full((_length(part),), _OWN if isinstance(part, OwnAudio) else -1)
 
 
 def _require_range(where: str, what: str, values: Tensor, end: int) -> None:
