@@ -1,0 +1,5 @@
+"""``python -m tml_core``: the command line."""
+
+from tml_core.cli import main
+
+main()
