@@ -348,7 +348,7 @@ def test_transcripts_pack_and_say_what_the_script_says(
 def test_the_splits_share_neither_words_nor_values(bank: SpeechBank) -> None:
     for task in TASKS.values():
         assert not set(task.phrasings.train) & set(task.phrasings.held_out)
-        if task.name != "chain":  # asks for nothing of its own
+        if task.name not in ("chain", "background_speech"):  # which ask for nothing of their own
             assert len(task.phrasings.train) >= 10 and len(task.phrasings.held_out) >= 4
     for seconds in (TIMER_SECONDS, PERIOD_SECONDS):
         assert not set(seconds["train"]) & set(seconds["held_out"])
@@ -358,7 +358,7 @@ def test_the_splits_share_neither_words_nor_values(bank: SpeechBank) -> None:
     for split in SPLITS:
         for one in interactions(3, split, bank=bank, num=25):
             script = one.script
-            assert script.phrasing == script.requests[0][1]
+            assert script.phrasing == (script.requests[0][1] if script.requests else "")
             for part, phrasing in script.requests:
                 assert phrasing in TASKS[part].phrasings.of(split)
             said_by = {(spoken.voice.engine, spoken.voice.name) for spoken in script.spoken}

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tml_core.data import SPLITS, TASKS, Interaction, Script, SpeechBank, interactions, tick_at
 from tml_core.data.figure import WALK_S
 from tml_core.data.script import REACTION_TICKS, Spoken, perform
+from tml_core.data.sheet import draw_sheet
 from tml_core.data.tasks import PERIOD_SECONDS, TIMER_SECONDS
 from tml_core.data.tasks.talking import REFUSAL
 from tml_core.data.words import CUES, GERMAN, HARMFUL, HARMLESS, LISTS, NUMBERS, SPANISH, WORDS
@@ -195,3 +198,17 @@ def test_a_chain_is_one_session_of_several_tasks(bank: SpeechBank, layout: Micro
             assert not {part for part, _ in script.requests} & {"count", "when", "span", "appear"}
         calls = [result.call_id for _, result in script.results]
         assert calls == [f"call-{index}" for index in range(len(calls))]
+
+
+def test_nobody_answers_a_television(bank: SpeechBank) -> None:
+    for script in some("background_speech", bank):
+        assert not script.expected and not script.requests and len(script.spoken) >= 2
+        assert all(spoken.level <= 0.4 for spoken in script.spoken)
+
+
+def test_a_sheet_is_drawn(bank: SpeechBank, tmp_path: Path) -> None:
+    for task in ("delegate", "count", "transcribe"):
+        one = next(interactions(2, bank=bank, tasks=[task]))
+        draw_sheet(one, tmp_path / f"{task}.png")
+        width, height = Image.open(tmp_path / f"{task}.png").size
+        assert width == 1600 and height >= 240 * -(-one.script.num_ticks // 100)

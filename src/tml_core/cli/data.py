@@ -1,4 +1,4 @@
-"""``tml-core data build``: interactions made into a dataset, with a bar of how far it is."""
+"""``tml-core data``: ``build`` makes a dataset, with a bar of how far it is; ``show`` draws one."""
 
 import time
 from pathlib import Path
@@ -20,11 +20,6 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, help="Scripted interactions with exact labels.")
 
 
-@app.callback()
-def _group() -> None:
-    """Keep ``build`` a word of its own."""
-
-
 @app.command("build")
 def build_command(
     out: Annotated[Path, typer.Argument(help="A folder, new or of an interrupted build.")],
@@ -43,11 +38,9 @@ def build_command(
     cache: Annotated[Path | None, typer.Option(help="Where to keep what engines say.")] = None,
 ) -> None:
     """Make a dataset for `tml-core train`, or go on with one that was interrupted."""
-    from tml_core.data import SPLITS, build
-    from tml_core.errors import InvalidArgument
+    from tml_core.data import build
+    from tml_core.data.bank import as_split
 
-    if split not in SPLITS:
-        raise InvalidArgument(f"split: expected one of {list(SPLITS)}, got {split!r}")
     console = Console(highlight=False)
     bar = Progress(
         TextColumn("data"),
@@ -74,7 +67,7 @@ def build_command(
             out,
             model,
             seed=seed,
-            split=split,
+            split=as_split(split),
             num=num,
             hours=hours,
             workers=workers,
@@ -88,3 +81,24 @@ def build_command(
         f"{report.num_bytes / 1e6:.1f} MB; {report.num_made} made now: {out}",
         soft_wrap=True,
     )
+
+
+@app.command("show")
+def show_command(
+    out: Annotated[Path, typer.Argument(help="A PNG to write.")],
+    index: Annotated[int, typer.Option(min=0, help="Of the interaction.")] = 0,
+    task: Annotated[str | None, typer.Option(help="Only of this task; all by default.")] = None,
+    split: Annotated[str, typer.Option(help="train or held_out.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
+) -> None:
+    """Draw one interaction: sound, pictures, words, and what is due when."""
+    from tml_core.data import SpeechBank, cache_folder, interaction
+    from tml_core.data.bank import as_split
+    from tml_core.data.sheet import draw_sheet
+
+    with SpeechBank(cache=cache_folder()) as bank:
+        tasks = None if task is None else [task]
+        one = interaction(seed, index, as_split(split), bank=bank, tasks=tasks)
+    draw_sheet(one, out)
+    console = Console(highlight=False)
+    console.print(f"{one.script.num_ticks * 0.2:.1f} s, {len(one.script.expected)} due: {out}")

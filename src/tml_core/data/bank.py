@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from tml_core.data.engines import ENGINES, Engine, Speech, Voice
 from tml_core.errors import InvalidArgument, MissingExtra
 
-__all__ = ["SPLITS", "SpeechBank", "Split", "cache_folder", "voices"]
+__all__ = ["SPLITS", "SpeechBank", "Split", "as_split", "cache_folder", "voices"]
 
 Split = Literal["train", "held_out"]
 SPLITS: Final[tuple[Split, ...]] = ("train", "held_out")
@@ -41,11 +41,17 @@ _FORMAT: Final = 2  # of a cached utterance: raise it when what an engine hands 
 _NUM_RECENT: Final = 64  # utterances at hand: a script is written first and rendered then
 
 
+def as_split(name: str) -> Split:
+    """``name`` as a split. Raises InvalidArgument for any other word."""
+    for split in SPLITS:
+        if name == split:
+            return split
+    raise InvalidArgument(f"split: expected one of {list(SPLITS)}, got {name!r}")
+
+
 def voices(split: Split, engine: str | None = None) -> tuple[Voice, ...]:
     """All voices of a split, of one engine or of all, in a fixed order."""
-    if split not in SPLITS:
-        raise InvalidArgument(f"split: expected one of {list(SPLITS)}, got {split!r}")
-    accents, variants = _ESPEAK[split]
+    accents, variants = _ESPEAK[as_split(split)]
     every = [Voice("espeak", accent + variant) for accent in accents for variant in variants]
     every += [Voice(name, voice) for name, voice in _OTHERS[split]]
     return tuple(one for one in every if engine is None or one.engine == engine)

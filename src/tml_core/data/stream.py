@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import Generator, Philox
 
 from tml_core.data.augment import apply_sound
-from tml_core.data.bank import SPLITS, SpeechBank, Split, cache_folder
+from tml_core.data.bank import SPLITS, SpeechBank, Split, as_split, cache_folder
 from tml_core.data.figure import render
 from tml_core.data.script import Expected, Script, ScriptWriter, perform
 from tml_core.data.tasks import TASKS
@@ -133,8 +133,7 @@ def interaction(
     for name, value in (("seed", seed), ("index", index)):
         if not 0 <= value < 1 << 64:
             raise InvalidArgument(f"{name}: expected 0 to 2**64 - 1, got {value}")
-    if split not in SPLITS:
-        raise InvalidArgument(f"split: expected one of {list(SPLITS)}, got {split!r}")
+    as_split(split)
     names = tuple(TASKS) if tasks is None else tuple(tasks)
     for name in names:
         if name not in TASKS:

@@ -219,6 +219,19 @@ def _aside(script: ScriptWriter) -> None:
     script.pause(0.5, 2.0)
 
 
+def _background_speech(script: ScriptWriter) -> None:
+    """Nobody is near: a television, people in the next room."""
+    for _ in range(int(script.rng.integers(2, 5))):
+        level = round(float(script.rng.uniform(0.08, 0.4)), 2)
+        if script.rng.random() < 0.5:
+            line = script.choice(CHATTER)
+        else:
+            line = f" {script.choice(CUES)} ".join(script.choice(FILLERS))
+        script.say(line, voice=script.draw_voice(), level=level)
+        script.pause(0.2, 2.0)
+    script.pause(0.5, 3.0)
+
+
 def _delegate(script: ScriptWriter) -> None:
     what, answer = script.choice(tuple(QUESTIONS.items()))
     end = script.ask(_DELEGATE, what=what)
@@ -266,6 +279,7 @@ BASIC: Final = (
     Task("echo", _ECHO, _echo),
     Task("sum", _SUM, _sum),
     Task("aside", _ASIDE, _aside),
+    Task("background_speech", Phrasings((), ()), _background_speech),
     Task("delegate", _DELEGATE, _delegate),
     Task("count", _COUNT, _count),
 )
