@@ -302,3 +302,12 @@ def test_embed_refusals(tiny: dict[torch.dtype, tuple[ModelConfig, Backbone]]) -
     assert empty.num_tokens == 0 and empty.blocks == ()
     block = backbone.embed([Tokens([1]), Block([Tokens([2, 3]), Tokens([4])])])
     assert block.blocks == ((1, 4),) and block.token_ids.tolist() == [1, 2, 3, 4]
+
+
+def test_a_hidden_size_without_kernels_is_refused() -> None:
+    norm = torch.ones(72, dtype=torch.bfloat16)
+    sizes = {"window": 8, "d_rel": 4, "eps": 1e-6, "mup": 1.0, "log_floor": 0.0, "log_alpha": 0.0}
+    with pytest.raises(
+        errors.InvalidArgument, match="decoder_step: hidden must be a multiple of 16, got 72"
+    ):
+        _ext.DecoderStep(hidden=72, final_norm=norm, **sizes)

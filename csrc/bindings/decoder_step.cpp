@@ -20,6 +20,10 @@ DecoderShape shape_of(std::int32_t hidden, std::int32_t window, std::int32_t d_r
                       float mup, float log_floor, float log_alpha, nb::handle final_norm) {
   const Tensor norm(final_norm, kOp, "final_norm");
   norm.floating().shape({hidden}).contiguous();
+  // The convolutions' kernels take whole vectors.
+  if (hidden % contract::kLanes != 0)
+    throw ArgumentError("decoder_step: hidden must be a multiple of " +
+                        std::to_string(contract::kLanes) + ", got " + std::to_string(hidden));
   return {hidden, window, d_rel, eps, mup, log_floor, log_alpha, norm.data(), norm.type()};
 }
 
