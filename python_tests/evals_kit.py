@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 from tml_core.data import Expected, Script, Spoken, Voice
 from tml_core.data.augment import Sound
@@ -19,11 +21,24 @@ def an_item(
     spans: Sequence[tuple[int, int]] = ((0, TICK),),
     index: int = 0,
     phrasing: str = "",
+    scene: object = None,
 ) -> Item:
-    """An item without media; ``spans`` in samples."""
+    """An item without media; ``spans`` in samples; ``scene``: anything with reps and visits."""
     spoken = tuple(Spoken(start, "words", VOICE) for start, _ in spans)
-    script = Script(task, "held_out", phrasing, num_ticks, spoken, tuple(expected), CLEAN, None, ())
+    seen: Any = scene
+    script = Script(task, "held_out", phrasing, num_ticks, spoken, tuple(expected), CLEAN, seen)
     return Item(task, index, script, tuple(spans), ())
+
+
+def a_scene(
+    *reps: tuple[str, float, float, bool], visits: tuple[tuple[float, float], ...] = ()
+) -> SimpleNamespace:
+    """Repetitions as (action, start, end, whether a bystander does it)."""
+    made = tuple(
+        SimpleNamespace(action=name, start_s=start, end_s=end, is_other=is_other)
+        for name, start, end, is_other in reps
+    )
+    return SimpleNamespace(reps=made, visits=visits)
 
 
 def written(num_ticks: int, *said: tuple[int, str]) -> Played:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evals_kit import an_item, written
+from evals_kit import a_scene, an_item, written
 from tml_core import errors
 from tml_core.data import Expected
 from tml_core.evals import SUITES, Record, Report
@@ -22,7 +22,8 @@ def a_report(player: str, names: list[str], late: int | None) -> Report:
         due = [Expected(20, "3"), Expected(30, "4")]
         if name == "delegate":
             due = [Expected(20, call=("background", {}))]
-        item = an_item(suite.tasks[0], 60, due, [(0, 60 * 3200)])
+        scene = a_scene(("waves", 3.0, 6.0, False))
+        item = an_item(suite.tasks[0], 60, due, [(0, 60 * 3200)], scene=scene)
         said = () if late is None else ((20 + late, "3"), (30 + late, "4"))
         mark = suite.mark(item, written(60, *said))
         records.append(Record(item.key, "", "", (), (), {name: mark}))

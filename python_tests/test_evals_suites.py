@@ -2,13 +2,21 @@
 
 import pytest
 
-from evals_kit import TICK, an_item, written
+from evals_kit import TICK, a_scene, an_item, written
 from tml_core import errors
 from tml_core.data import Expected
 from tml_core.evals import SUITES, Call, Item, Mark, Played, Suite, Word
 from tml_core.evals.match import match
 from tml_core.evals.played import as_number, heard_s, normal_words, utterances
-from tml_core.evals.suites import chosen_suites
+from tml_core.evals.suites import (
+    backchannel,
+    chosen_suites,
+    events,
+    interruption,
+    localisation,
+    refusals,
+    sessions,
+)
 
 NUM = 60
 
@@ -221,6 +229,129 @@ def test_transcribe_counts_words_and_how_late_they_come() -> None:
     assert score.value == pytest.approx(10 / 12)
     assert score.extras["words within 1 s"] == pytest.approx(4 / 12)
     assert score.extras["median late s"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("said", "pauc"),
+    [
+        ((), 0.25),
+        # At 6.0 s, 1 s after the begin of 4 s, which counts as half a second.
+        (((29, "now"),), (0.5 * 0.5 + 3.5 * 2) / 8),
+        (((29, "now"), (34, "oh")), (0.5 * 0.5 + 0.5 * 2 + 3.0 * 1) / 8),
+        (((29, "oh"),), 0.5 * 0.5 / 8),
+        (((29, "oh"), (34, "now")), (0.5 * 0.5 + 0.5 * 0 + 3.0 * 1) / 8),
+        # Too early it is wrong from the begin on, and half right once it is said again.
+        (((9, "now"),), 0.0),
+        (((9, "now"), (29, "now")), (0.5 * 0 + 3.5 * 1) / 8),
+        (((54, "now"),), 0.25),  # over
+    ],
+)
+def test_events_are_scored_by_the_curve(said: tuple[tuple[int, str], ...], pauc: float) -> None:
+    scene = a_scene(
+        ("waves", 2.0, 3.0, False),
+        ("side kicks", 4.4, 5.2, True),  # somebody else
+        ("side kicks", 5.0, 7.0, False),
+        ("side kicks", 7.1, 9.0, False),
+        ("waves", 9.5, 10.5, False),
+    )
+    item = an_item("when", NUM, [Expected(28, "now")], scene=scene)
+    mark = events.SUITE.mark(item, written(NUM, *said))
+    assert mark.facts["span_s"] == [5.0, 9.0]
+    assert mark.value == pytest.approx(pauc)
+
+
+def test_a_visit_is_an_event() -> None:
+    item = an_item("appear", NUM, [Expected(28, "tea")], scene=a_scene(visits=((5.0, 9.0),)))
+    mark = events.SUITE.mark(item, written(NUM, (29, "tea")))
+    assert mark.value == pytest.approx((0.5 * 0.5 + 3.5 * 2) / 8)
+    assert mark.facts["late_s"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("said", "iou"),
+    [
+        (((24, "start"), (44, "stop")), 1.0),
+        (((29, "start"), (49, "stop")), 3.0 / 5.0),
+        (((4, "stop"), (29, "start"), (39, "stop"), (49, "stop")), 2.0 / 4.0),
+        (((29, "start"),), 0.0),
+        (((29, "stop"),), 0.0),
+        ((), 0.0),
+    ],
+)
+def test_localisation_is_the_overlap(said: tuple[tuple[int, str], ...], iou: float) -> None:
+    scene = a_scene(("waves", 5.0, 7.0, False), ("waves", 7.0, 9.0, False))
+    item = an_item("span", NUM, [Expected(28, "start"), Expected(49, "stop")], scene=scene)
+    mark = localisation.SUITE.mark(item, written(NUM, *said))
+    assert mark.value == pytest.approx(iou)
+    score = localisation.SUITE.score([mark])
+    assert score.extras["IoU over 0.5"] == float(iou >= 0.5)
+
+
+DAYS = [Expected(10, "monday"), Expected(12, "tuesday"), Expected(14, "wednesday")]
+
+
+@pytest.mark.parametrize(
+    ("said", "is_right", "stop_s"),
+    [
+        (((10, "monday"), (12, " tuesday"), (14, " wednesday")), 1.0, 0.5),
+        (((10, "monday"),), 1.0, 0.0),
+        (((10, "monday"), (17, " tuesday")), 1.0, 1.1),
+        (((10, "monday"), (18, " tuesday")), 0.0, 1.3),
+        (((10, "tuesday"),), 0.0, 0.0),
+        (((14, "monday"),), 0.0, 0.5),  # begun after the user
+        ((), 0.0, None),
+    ],
+)
+def test_an_interrupted_answer_stops(
+    said: tuple[tuple[int, str], ...], is_right: float, stop_s: float | None
+) -> None:
+    spans = [(0, 9 * TICK), (12 * TICK + 1600, 20 * TICK)]
+    mark = interruption.SUITE.mark(an_item("recite", NUM, DAYS, spans), written(NUM, *said))
+    assert (mark.group, mark.value) == ("interrupted", is_right)
+    assert mark.facts["stop_s"] == (None if stop_s is None else pytest.approx(stop_s))
+
+
+@pytest.mark.parametrize("spans", [[(0, 9 * TICK)], [(0, 9 * TICK), (17 * TICK, 20 * TICK)]])
+def test_an_answer_nobody_interrupts_comes_whole(spans: list[tuple[int, int]]) -> None:
+    item = an_item("recite", NUM, DAYS, spans)
+    whole = ((10, "monday"), (13, " tuesday"), (16, " wednesday"))
+    for said, is_right in ((whole, 1.0), (whole[:2], 0.0), ((*whole, (20, " oh")), 0.0)):
+        mark = interruption.SUITE.mark(item, written(NUM, *said))
+        assert (mark.group, mark.value) == ("left alone", is_right)
+
+
+def test_backchannels_are_right_over_due_or_given() -> None:
+    suite = backchannel.SUITE
+    item = an_item("story", NUM, [Expected(10, "mm"), Expected(30, "mm"), Expected(50, "mm")])
+    perfect = suite.mark(item, written(NUM, (8, "mm"), (33, "mm"), (50, "mm")))
+    late = suite.mark(item, written(NUM, (8, "mm"), (34, "mm"), (55, "oh")))
+    silent = suite.mark(item, written(NUM))
+    assert perfect.value == 1.0
+    assert late.value == pytest.approx(1 / 5)  # one of three; one late and one that is not due
+    assert silent.value == 0.0
+    assert suite.score([perfect, late]).extras == {
+        "of those due": pytest.approx(4 / 6),
+        "others a story": 1.0,
+    }
+
+
+def test_refusals_weigh_both_kinds_alike() -> None:
+    suite = refusals.SUITE
+    bad = an_item("refuse", NUM, [Expected(10, "i cannot help with that")])
+    good = an_item("refuse", NUM, [Expected(10, "with flour")])
+    said = written(NUM, (10, "i cannot"), (11, " help wi"), (12, "th that"))
+    marks = [suite.mark(bad, said), suite.mark(bad, said), suite.mark(good, said)]
+    assert [one.value for one in marks] == [1.0, 1.0, 0.0]
+    assert suite.score(marks).value == 0.5
+
+
+def test_sessions_count_right_words() -> None:
+    suite = sessions.SUITE
+    item = an_item("chain", NUM, [Expected(10, "blue tea"), Expected(30, "4")])
+    mark = suite.mark(item, written(NUM, (10, "blue tea"), (40, " 4"), (50, " oh")))
+    # Two of three in time; said four, so five words were due or said.
+    assert (mark.value, mark.weight) == (2.0, 5.0)
+    assert suite.score([mark]).value == 0.4
 
 
 def test_a_score_has_groups_only_where_there_are_several() -> None:

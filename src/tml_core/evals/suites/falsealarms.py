@@ -51,7 +51,10 @@ def _extras(marks: Sequence[Mark]) -> dict[str, float]:
 SUITE: Final = Suite(
     "falsealarms",
     "begun when nothing was due",
-    ("timer", "cue", "echo", "sum", "aside", "delegate", "count"),
+    (
+        *("timer", "cue", "count", "when", "appear", "span", "story", "aside"),
+        *("echo", "sum", "delegate", "refuse"),
+    ),
     _mark,
     "rate",
     aim=1.0,

@@ -1,4 +1,5 @@
-"""Writing what the user says while it is said: word error rate, by the engine of the voice.
+"""Writing what the user says while it is said, or its translation, word for word: word error rate,
+by the engine of the voice.
 
 Errors are the fewest words to put in, take out or change, over the words that were said, as usual;
 words written late count as right. How late they come is beside it.
@@ -15,7 +16,7 @@ from tml_core.evals.played import Played, normal_words
 from tml_core.evals.suite import Mark, Suite
 from tml_core.media.micro_turns import TICK_MS
 
-__all__ = ["SUITE"]
+__all__ = ["TRANSCRIBE", "TRANSLATE"]
 
 _EARLY_TICKS, _LATE_TICKS = 1, 5
 
@@ -41,10 +42,19 @@ def _extras(marks: Sequence[Mark]) -> dict[str, float]:
     return found
 
 
-SUITE: Final = Suite(
+TRANSCRIBE: Final = Suite(
     "transcribe",
     "word errors of live writing",
     ("transcribe",),
+    _mark,
+    "ratio",
+    is_lower_better=True,
+    extras=_extras,
+)
+TRANSLATE: Final = Suite(
+    "translate",
+    "word errors of live translation",
+    ("translate",),
     _mark,
     "ratio",
     is_lower_better=True,
