@@ -1,5 +1,6 @@
 """Our engine on shape S: the model, one sequence, greedy sampling, as a session drives them."""
 
+import math
 import time
 from functools import cache
 
@@ -10,12 +11,12 @@ from peers.engine import NUM_DECODED, TurnTime, real_context
 from shape_s import TEXT_CONFIG, config, random_ids, weights
 from tml_core.contract import PAGE_LEN
 from tml_core.engine.model import Model
-from tml_core.engine.sampler import RowBuffers, SampleRequest, SamplingParams
+from tml_core.engine.sampler import RowBuffers, SampleRequest, SamplingParams, signed
 from tml_core.media.segments import Tokens
 from tml_core.model.backbone import Backbone
 from tml_core.model.config import ModelConfig
 from tml_core.model.kv_store import KvStore
-from tml_core.model.step_batch import StepBatch
+from tml_core.model.token_loop import TokenTable
 from tml_core.ops.lm_head import pack_allowed
 from tml_core.sequence.sequence import Sequence
 from tml_core.sequence.store import SequenceStore
@@ -61,7 +62,7 @@ def shape_s_model() -> Model:
 
 class TmlEngine:
     """One sequence of a model, driven as the engine's thread drives it: input by the runner, then
-    single tokens in fixed memory, which enter the sequence together."""
+    the tokens in one call, which enter the sequence together."""
 
     name = "tml_core"
 
@@ -70,11 +71,11 @@ class TmlEngine:
         self.sequence = model.new_sequence() if sequence is None else sequence
         self._allowed = pack_allowed(torch.ones(1, model.vocab_size, dtype=torch.bool))[0]
         self._samples = RowBuffers(1, len(self._allowed))
-        self._rows = StepBatch(1, 1)
-        self._ids_1 = torch.zeros(1, dtype=torch.int64)
-        width, dtype = model.config.text.hidden_size, model.backbone.dtype
-        self._x_1D, self._h_1D = torch.zeros(2, 1, width, dtype=dtype)
         self._drawn = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+        backbone = model.backbone
+        assert isinstance(backbone, Backbone)  # not the one of a GPU
+        self._loop = backbone.token_loop(model.store.kv, 1, NUM_DECODED)
+        self._table = TokenTable(self._allowed[None], (), ((0,),), model.vocab_size)
 
     @property
     def context_len(self) -> int:
@@ -89,19 +90,20 @@ class TmlEngine:
             self.sequence.commit(records(ids.numpy(), torch.zeros_like(ids).numpy(), ids))
 
     def turn(self, ids: Tensor) -> TurnTime:
-        sequence, backbone, kv = self.sequence, self.model.backbone, self.model.store.kv
+        sequence = self.sequence
         start = time.perf_counter()
         (h_TD,) = self.model.runner.run([self.model.prepare(sequence, [Tokens(ids)])])
         tokens = [self._choose(h_TD[-1:], sequence.tip)]
         middle = time.perf_counter()
         tip, slot = sequence.tip, sequence.slot.index
         sequence.reserve(NUM_DECODED)
-        for position in range(tip, tip + NUM_DECODED):
-            self._rows.fill_single((slot,), (position,))
-            self._ids_1[0] = tokens[-1]
-            backbone.embed_ids(self._ids_1, out_TD=self._x_1D)
-            backbone.step(self._x_1D, self._rows, kv, out_TD=self._h_1D)
-            tokens.append(self._choose(self._h_1D, position + 1))
+        greedy = 0.0, 1.0, 0, 0
+        self._loop.rows[0] = (
+            *(tip, tokens[0], signed(sequence.seed), slot, 0, NUM_DECODED + 1, NUM_DECODED),
+            *greedy,
+        )
+        ((drawn, _),) = self._loop.run(1, self._table, math.inf).rows
+        tokens += drawn
         sequence.commit(text_records(tokens[:-1]))
         return TurnTime(middle - start, time.perf_counter() - middle, tokens)
 

@@ -29,6 +29,7 @@ from tml_core.errors import Overloaded, SessionClosed, TmlError
 __all__ = ["EngineLoop"]
 
 _LEARN_EVERY: Final = 4
+_MAX_SIZES: Final = 64
 # A thread cannot wait for longer than some limit of the platform.
 _LONGEST_WAIT_S: Final = 3600.0
 
@@ -70,7 +71,8 @@ class EngineLoop:
         self._is_shut = False
         self.counters = EngineCounters()
         self.costs = CostModel()
-        self._last_size = (0, 0)
+        self._num_learnable = 0
+        self._learnt_at: dict[tuple[int, int], int] = {}  # by positions and rows of a step
         self.memory = SeatMemory(
             self._seats,
             model.restore_sequence,
@@ -278,9 +280,9 @@ class EngineLoop:
                 )
 
     def _drain(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._do(self._inbox.get_nowait())
+        # Nobody else takes from it.
+        while not self._inbox.empty():
+            self._do(self._inbox.get_nowait())
 
     def _do(self, message: Callable[[], None] | None) -> None:
         if message is None:
@@ -312,8 +314,12 @@ class EngineLoop:
 
     def _learn(self, size: tuple[int, int], seconds: float) -> None:
         # The same step over and over teaches little, and is not free.
-        if size != self._last_size or self.counters.steps % _LEARN_EVERY == 0:
-            self._last_size = size
+        self._num_learnable += 1
+        before = self._learnt_at.get(size)
+        if before is None or self._num_learnable - before >= _LEARN_EVERY:
+            if len(self._learnt_at) == _MAX_SIZES:
+                self._learnt_at.clear()
+            self._learnt_at[size] = self._num_learnable
             self.costs.learn(*size, seconds)
 
     def _begin(self, job: Job) -> bool:
