@@ -210,5 +210,6 @@ def test_a_sheet_is_drawn(bank: SpeechBank, tmp_path: Path) -> None:
     for task in ("delegate", "count", "transcribe"):
         one = next(interactions(2, bank=bank, tasks=[task]))
         draw_sheet(one, tmp_path / f"{task}.png")
-        width, height = Image.open(tmp_path / f"{task}.png").size
+        with Image.open(tmp_path / f"{task}.png") as sheet:
+            width, height = sheet.size
         assert width == 1600 and height >= 240 * -(-one.script.num_ticks // 100)
