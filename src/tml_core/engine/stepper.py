@@ -42,7 +42,7 @@ P = ParamSpec("P")
 
 # Where turns only draw tokens, steps are made without Python for so long: so late a reader may see
 # a token, and the engine a cancel or a new turn. With 0 every step is looked at.
-RUN_S: Final = 0.004
+RUN_S: Final = 0.01
 
 
 class Progress(NamedTuple):
