@@ -28,12 +28,13 @@ mkdir -p bench/results
 
 if [ "$word" = bench ]; then
   "$PY" bench/gpu_bench.py --json "$stamp-bench.json"
+  "$PY" bench/gpu_step.py --json "$stamp-step.json"
   exit
 fi
 status=0
 "$PY" bench/gpu_numerics.py --json "$stamp-numerics.json" || status=1
-"$PY" -m pytest python_tests/test_cuda_ops.py python_tests/test_cuda_build.py -m "slow or not slow" ||
-  status=1
+"$PY" -m pytest python_tests/test_cuda_ops.py python_tests/test_cuda_backbone.py \
+  python_tests/test_cuda_build.py -m "slow or not slow" || status=1
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 9 "$PY" -m pytest -x python_tests/test_cuda_ops.py \

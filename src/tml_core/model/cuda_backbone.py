@@ -139,7 +139,10 @@ class CudaBackbone:
         Raises InvalidArgument for a store of another device.
         """
         if not isinstance(kv, CudaKvStore) or kv.device != self.device:
-            raise InvalidArgument(f"step: kv must be on {self.device}, got one on {kv.device}")
+            raise InvalidArgument(
+                f"step: kv must be a CudaKvStore on {self.device}, got a "
+                f"{type(kv).__name__} on {kv.device}"
+            )
         if x_TD.shape != (batch.num_tokens, self.config.text.hidden_size):
             raise InvalidArgument(
                 f"step: x must be [{batch.num_tokens}, {self.config.text.hidden_size}], "

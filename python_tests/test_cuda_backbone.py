@@ -1,14 +1,15 @@
-"""The model on the device's kernels, run on the host: `make test-cpp` builds ``_fibers``, the same
-bindings over the same kernel files with every CUDA thread a fiber, and runs this.
+"""Models, sequences and sessions on the device's kernels: on a device where there is one, and on
+the host, for which `make test-cpp` builds ``_fibers``, the same bindings over the same kernel files
+with every CUDA thread a fiber, and runs this.
 
-CPU tensors stand for device memory. All that is above the kernels is what a device would run:
+There CPU tensors stand for device memory. All that is above the kernels is what a device would run:
 argument order, shapes, layouts, page tables, snapshots.
 """
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from byte_model import BYTE_MODEL
+from session_kit import noise, spoken
+from tml_core import Session
 from tml_core.engine.model import Model
 from tml_core.errors import InvalidArgument, SnapshotError, Unsupported
 from tml_core.media.segments import Audio, Block, Image, Tokens
@@ -26,6 +30,7 @@ from tml_core.model.cuda_decoder import require_shapes
 from tml_core.model.cuda_graphs import Captured, StepGraphs
 from tml_core.model.cuda_store import CudaKvStore, DeviceStep
 from tml_core.model.kv_store import KvStore
+from tml_core.model.tokenizer import load_tokenizer
 from tml_core.model.weights import random_weights
 from tml_core.ops import cuda
 from tml_core.ops._common import huge_empty
@@ -50,15 +55,17 @@ def built() -> Path | None:
     return found[0] if found[0].stat().st_mtime >= youngest else None
 
 
-pytestmark = pytest.mark.skipif(
-    built() is None, reason="needs _fibers of today's kernels: make test-cpp"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fibers() -> Iterator[ModuleType]:
+@pytest.fixture(scope="module", autouse=True, params=["fibers", "device"])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the kernels run."""
+    if request.param == "device":
+        if why := cuda.problem():
+            pytest.skip(f"{why}: run `make gpu-check` on an H100 or H200")
+        yield torch.device("cuda", 0)
+        return
     path = built()
-    assert path is not None
+    if path is None:
+        pytest.skip("needs _fibers of today's kernels: make test-cpp")
     spec = importlib.util.spec_from_file_location("_fibers", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -67,7 +74,7 @@ def fibers() -> Iterator[ModuleType]:
         patch.setattr(cuda, "_ext", module)
         # torch aligns host memory less than a device's.
         patch.setattr(cuda, "_workspace", lambda size, _: huge_empty((size,), torch.uint8))
-        yield module
+        yield HOST
 
 
 TEXT: dict[str, Any] = {
@@ -131,15 +138,18 @@ def config_of(**changes: Any) -> ModelConfig:
     )
 
 
-class HostStore(CudaKvStore):
+class PoisonedStore(CudaKvStore):
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return huge_empty(shape, dtype).fill_(float("nan"))
+        if self.device == HOST:
+            return huge_empty(shape, dtype).fill_(float("nan"))
+        return super().empty(shape, dtype).fill_(float("nan"))
 
 
 class Rig:
-    """The same weights on the CPU's kernels and on the fibers."""
+    """The same weights on the CPU's kernels and on the device's."""
 
-    def __init__(self, num_pages: int = 12) -> None:
+    def __init__(self, device: torch.device, num_pages: int = 12) -> None:
+        self.device = device
         self.config = config_of()
         text = self.config.text
         weights = random_weights(self.config, 3, torch.bfloat16)
@@ -149,8 +159,8 @@ class Rig:
             SequenceStore(KvStore(text, torch.bfloat16, 3, 1024, num_pages, num_pages), "rig"),
             max_step_tokens=64,
         )
-        self.kv = HostStore(text, 3, 1024, num_pages, num_pages, device=HOST)
-        self.backbone = CudaBackbone(self.config, dict(weights), HOST)
+        self.kv = PoisonedStore(text, 3, 1024, num_pages, num_pages, device=device)
+        self.backbone = CudaBackbone(self.config, dict(weights), device)
         self.model = Model(
             self.config,
             self.backbone,
@@ -171,8 +181,8 @@ class Rig:
 
 
 @pytest.fixture(scope="module")
-def rig() -> Rig:
-    return Rig()
+def rig(device: torch.device) -> Rig:
+    return Rig(device)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +194,7 @@ def test_the_model_is_the_model(rig: Rig, whole: Tensor) -> None:
     expected = rig.cpu.logits(rig.segments())
     assert whole.shape == expected.shape == (168, 91)
     # bf16 roundings that fall otherwise, through three layers; a routing near a tie moves more.
-    error = (whole - expected).abs().amax(1) / expected.abs().amax()
+    error = (whole.cpu() - expected).abs().amax(1) / expected.abs().amax()
     assert float(error.median()) < 0.02
     assert float(error.max()) < 0.2
 
@@ -229,11 +239,11 @@ def test_a_snapshot_goes_on_with_the_same_bits(rig: Rig, whole: Tensor, tmp_path
         rig.cpu.restore_sequence(tmp_path / "a.tml")
 
 
-def test_stale_keys_do_not_reach_a_file() -> None:
-    pages = torch.randn(3, 2, 1, 2, 128 * 64).bfloat16()
-    target = torch.zeros(4, 2, 1, 2, 128 * 64, dtype=torch.bfloat16)
-    ids = torch.tensor([2, 0], dtype=torch.int32)
-    to = torch.tensor([1, 3], dtype=torch.int32)
+def test_stale_keys_do_not_reach_a_file(device: torch.device) -> None:
+    pages = torch.randn(3, 2, 1, 2, 128 * 64).bfloat16().to(device)
+    target = torch.zeros(4, 2, 1, 2, 128 * 64, dtype=torch.bfloat16, device=device)
+    ids = torch.tensor([2, 0], dtype=torch.int32, device=device)
+    to = torch.tensor([1, 3], dtype=torch.int32, device=device)
     cuda.copy_pages(pages, target, source_ids=ids, target_ids=to, last_len=45)
     assert torch.equal(target[1], pages[2])
     # [core tiles of keys, of channels, keys, channels]
@@ -248,7 +258,7 @@ def test_stale_keys_do_not_reach_a_file() -> None:
         cuda.copy_pages(pages, target[:3], last_len=0)
 
 
-def test_hmlp_is_the_op() -> None:
+def test_hmlp_is_the_op(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(2)
 
     def randn(*shape: int) -> Tensor:
@@ -258,20 +268,25 @@ def test_hmlp_is_the_op() -> None:
     plain = [randn(20, 12), randn(24, 360)]
     norms, final = (randn(20) + 1,), randn(24) + 1
     patches = torch.randn(5, 2, 6, 6, 3, generator=generator)
-    ours = cuda.CudaHmlp(folds, tuple(cuda.pack_weight(w) for w in plain), norms, final)
+    ours = cuda.CudaHmlp(
+        folds,
+        tuple(cuda.pack_weight(w.to(device)) for w in plain),
+        tuple(norm.to(device) for norm in norms),
+        final.to(device),
+    )
     theirs = HmlpWeights(folds, tuple(pack_weight(w) for w in plain), norms, final)
     assert ours.patch_shape == theirs.patch_shape == (2, 6, 6, 3)
-    got = cuda.hmlp(patches, ours)
-    torch.testing.assert_close(got, hmlp(patches, theirs), rtol=2**-5, atol=2**-5)
-    assert torch.equal(cuda.hmlp(patches[3:4], ours), got[3:4])
+    got = cuda.hmlp(patches.to(device), ours)
+    torch.testing.assert_close(got.cpu(), hmlp(patches, theirs), rtol=2**-5, atol=2**-5)
+    assert torch.equal(cuda.hmlp(patches[3:4].to(device), ours), got[3:4])
     with pytest.raises(InvalidArgument, match=r"cuda_hmlp: patches must be \[P, 2, 6, 6, 3\]"):
-        cuda.hmlp(patches[:, :1], ours)
+        cuda.hmlp(patches[:, :1].to(device), ours)
 
 
 def test_draws_are_of_the_logits(rig: Rig) -> None:
     with rig.model.new_sequence() as sequence:
         (h_TD,) = rig.model.runner.run([rig.model.prepare(sequence, rig.segments()[:1])])
-    logits = rig.backbone.logits(h_TD)
+    logits = rig.backbone.logits(h_TD).cpu()
     allowed = np.ones((19, 91), np.bool_)
     allowed[0, int(logits[0].argmax())] = False
     rows = SampleRows(
@@ -285,22 +300,63 @@ def test_draws_are_of_the_logits(rig: Rig) -> None:
     tokens, logprobs = rig.backbone.sample(h_TD, rows)
     assert torch.equal(tokens[1:], logits[1:].argmax(1))
     assert tokens[0] == logits[0].topk(2).indices[1]
-    assert torch.equal(rig.backbone.logprobs(h_TD, tokens), logprobs)
+    assert torch.equal(rig.backbone.logprobs(h_TD, tokens).cpu(), logprobs)
     out = torch.zeros(19, dtype=torch.int64), torch.zeros(19)
     assert rig.backbone.sample(h_TD, rows, out_B=out)[0] is out[0]
     assert torch.equal(out[1], logprobs)
 
 
+def talking_model(device: torch.device) -> Model:
+    """Two layers of the model that spells bytes."""
+    raw = json.loads((BYTE_MODEL / "config.json").read_text())
+    raw["text_config"] |= {
+        "num_hidden_layers": 2,
+        "layer_types": ["hybrid_sliding", "hybrid"],
+        "mlp_layer_types": ["dense", "sparse"],
+    }
+    raw["interaction"]["max_text_per_tick"] = 3
+    config = ModelConfig.from_dict(raw)
+    weights = random_weights(config, 5, torch.bfloat16)
+    kv = PoisonedStore(config.text, 3, 2048, 16, 16, device=device)
+    backbone = CudaBackbone(config, weights, device)
+    tokenizer = load_tokenizer(BYTE_MODEL)
+    return Model(config, backbone, SequenceStore(kv, "talking"), tokenizer=tokenizer)
+
+
+def test_sessions_live_on_it_and_do_not_see_each_other(device: torch.device) -> None:
+    model = talking_model(device)
+
+    def heard(session: Session, seed: int) -> tuple[list[int], list[float]]:
+        tokens, logprobs = spoken(tuple(session.append(noise(seed), deadline_ms=None)))
+        return tokens, logprobs.tolist()
+
+    with Session(model, seed=1) as session:
+        alone = [heard(session, 1), heard(session, 2)]
+        ids = session.token_ids().tolist()
+    assert any(tokens for tokens, _ in alone)
+    with Session(model, seed=1) as session, Session(model, seed=2) as other:
+        turns = []
+        for seed in (1, 2):
+            turns.append(session.append(noise(seed), deadline_ms=None))
+            beside = tuple(other.append(noise(7), deadline_ms=None))
+            assert beside
+        assert session.token_ids().tolist() == ids
+    for turn, (tokens, logprobs) in zip(turns, alone, strict=True):
+        got, of = spoken(tuple(turn))
+        assert (got, of.tolist()) == (tokens, logprobs)
+    model.store.audit()
+
+
 class Recorder:
     """Stands for CUDA graphs: a replay does the step again, into the memory of the first."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
         self.num_captures = self.num_replays = 0
 
     def __call__(self, run: Callable[[], Tensor]) -> Captured:
         self.num_captures += 1
-        h_TD = torch.empty(0, dtype=self.dtype)
+        h_TD = torch.empty(0, dtype=self.dtype, device=self.device)
 
         def replay() -> None:
             self.num_replays += 1
@@ -310,10 +366,10 @@ class Recorder:
 
 
 def test_replayed_steps_have_the_same_bits(rig: Rig) -> None:
-    recorder = Recorder(torch.bfloat16)
+    recorder = Recorder(torch.bfloat16, rig.device)
     weights = random_weights(rig.config, 3, torch.bfloat16)
-    graphed = CudaBackbone(rig.config, weights, HOST, capture=recorder)
-    kv = HostStore(rig.config.text, 3, 1024, 12, 12, device=HOST)
+    graphed = CudaBackbone(rig.config, weights, rig.device, capture=recorder)
+    kv = PoisonedStore(rig.config.text, 3, 1024, 12, 12, device=rig.device)
     model = Model(rig.config, graphed, SequenceStore(kv, "rig"), max_step_tokens=64)
     ids = [5, 9, 11, 60, 33, 8, 12]
     with rig.model.new_sequence() as sequence:
@@ -325,8 +381,16 @@ def test_replayed_steps_have_the_same_bits(rig: Rig) -> None:
     assert torch.equal(torch.cat(got), expected)
 
 
+def test_tokens_one_by_one_have_the_same_bits(rig: Rig, whole: Tensor) -> None:
+    """On a device: replays of a graph, once a step has come twice."""
+    ids = rig.segments()[0].ids[:6].tolist()
+    with rig.model.new_sequence() as sequence:
+        parts = [sequence.extend([Tokens([token_id])]) for token_id in ids]
+    assert torch.equal(torch.cat(parts), whole[:6])
+
+
 def test_graphs_are_few_and_of_steps_that_come_again() -> None:
-    recorder = Recorder(torch.float32)
+    recorder = Recorder(torch.float32, HOST)
     graphs = StepGraphs(
         lambda x_TD, batch: x_TD * 2 + len(batch.slots), recorder, max_tokens=4, max_graphs=2
     )
@@ -352,6 +416,20 @@ def test_graphs_are_few_and_of_steps_that_come_again() -> None:
     assert recorder.num_captures == 3
 
 
+def test_the_bench_makes_steps(device: torch.device) -> None:
+    spec = importlib.util.spec_from_file_location("gpu_step", ROOT / "bench" / "gpu_step.py")
+    assert spec is not None and spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    assert bench.large_config(48).text.num_layers == 48
+    config = config_of(layer_types=["hybrid"] * 3, mlp_layer_types=["sparse"] * 3)
+    backbone = CudaBackbone(config, bench.DrawnWeights(config, device), device)
+    steps = bench.Steps(backbone, 2, 1, 5, store=PoisonedStore)
+    ids = steps.run()
+    assert ids.shape == (2,)
+    assert 0 <= int(ids.min()) <= int(ids.max()) < 91
+
+
 def test_what_the_host_knows_is_refused(rig: Rig) -> None:
     backbone = rig.backbone
     with pytest.raises(InvalidArgument, match=r"embed: ids\[1\] must be in \[0, 96\), got 96"):
@@ -361,14 +439,13 @@ def test_what_the_host_knows_is_refused(rig: Rig) -> None:
     with pytest.raises(InvalidArgument, match=r"bins must be \[F, 6\], got \[1, 2\]"):
         backbone.embed([Audio(bins=torch.tensor([[0, 1]]).int())])
     with pytest.raises(InvalidArgument, match=r"targets\[0\] must be in \[0, 91\), got 91"):
-        backbone.logprobs(torch.zeros(1, 80, dtype=torch.bfloat16), torch.tensor([91]))
-    with pytest.raises(InvalidArgument, match="segments: this model has no vision encoder"):
-        without = CudaBackbone.__new__(CudaBackbone)
-        without.config, without._hmlp = rig.config, None
-        without.embed([Image(patches=torch.zeros(1, 2, 12, 12, 3))])
+        h_TD = torch.zeros(1, 80, dtype=torch.bfloat16, device=rig.device)
+        backbone.logprobs(h_TD, torch.tensor([91]))
+    with pytest.raises(InvalidArgument, match=r"cuda_hmlp: patches must be \[P, 2, 12, 12, 3\]"):
+        backbone.embed([Image(patches=torch.zeros(1, 2, 9, 9, 3))])
     with rig.cpu.new_sequence() as sequence:
         step_input = rig.cpu.prepare(sequence, [Tokens([1])])
-        with pytest.raises(InvalidArgument, match="step: kv must be on cpu, got one on cpu"):
+        with pytest.raises(InvalidArgument, match="step: kv must be a CudaKvStore on"):
             backbone.step(step_input.x_TD, rig.cpu.runner._batch, rig.cpu.store.kv)
 
 
