@@ -202,10 +202,8 @@ def test_the_command_shows_and_writes(
     assert "words repeated" in shown
     assert "nano is untrained" in shown
     assert [one.player for one in reports] == ["nano", "silent"]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        "nano.json",
-        "silent.json",
-    ]
+    files = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert files == ["eval.png", "nano.json", "silent.json"]
     table = markdown(reports).splitlines()
     assert table[0] == "| suite | nano | silent | aim |"
     assert table[2].startswith("| echo: words repeated | 0.0% [0.0, 79.3] | 0.0% [0.0, 79.3] |")

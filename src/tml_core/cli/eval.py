@@ -39,6 +39,7 @@ from tml_core.evals.suites import chosen_suites
 __all__ = ["BASELINES", "EvalOptions", "as_split", "run_eval"]
 
 _QUIET, _GOOD, _BAD = "grey62", "spring_green3", "red1"
+_MAX_GROUPS: Final = 8  # more are only in the JSON
 
 # Name, and who that is, given the first model.
 BASELINES: Final[dict[str, Callable[[ModelPlayer], Player]]] = {
@@ -181,15 +182,18 @@ def _details(report: Report) -> RenderableType:
     grid.add_column(style=_QUIET)
     for name, score in report.scores.items():
         suite = SUITES[name]
-        told = [f"{what} {value:.2f}" for what, value in score.extras.items()]
-        told += [f"{what}: {suite.show(value)} of {num}" for what, (value, num) in _named(score)]
+        # Those of other windows are for the JSON.
+        told = [
+            f"{what} {value:.2f}" for what, value in score.extras.items() if "within" not in what
+        ]
+        if len(score.groups) <= _MAX_GROUPS:
+            pairs = score.groups.items()
+            told += [
+                f"{what or 'all'} {suite.show(value)} of {num}" for what, (value, num) in pairs
+            ]
         if told:
             grid.add_row(name, ", ".join(told))
     return grid
-
-
-def _named(score: Score) -> Iterator[tuple[str, tuple[float, int]]]:
-    return ((name or "all", pair) for name, pair in score.groups.items())
 
 
 def _cell(name: str, score: Score) -> str:
