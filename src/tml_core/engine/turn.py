@@ -251,8 +251,8 @@ class Turn:
         ``keep="none"``: the session stands where it stood before the append.
         Events not yet read are withdrawn, and what readers already have belongs to an old epoch;
         the turn ends with ``TurnDone(reason="cancelled")``. With ``wait`` (at most about one model
-        step, or what is ahead of a turn that waits in a queue, or the input that is put in again)
-        it is over on return.
+        step, or 10 ms of short ones, or what is ahead of a turn that waits in a queue, or the
+        input that is put in again) it is over on return.
         """
         if keep not in ("input", "heard", "none"):
             raise InvalidArgument(f"keep: expected 'input', 'heard' or 'none', got {keep!r}")
