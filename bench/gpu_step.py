@@ -3,9 +3,9 @@
     python bench/gpu_step.py [--json PATH] [--layers N]
 
 The model has the sizes of a 30B-A3B mixture (48 layers, 128 experts; 7 of them and a shared one a
-token) and random weights, drawn on the device. A step is embeddings, all layers and a draw for each sequence, with
-ids from the host and back. Two times: what the device needs (events around the steps), and what a
-step takes with all the host does; the median of the steps counts.
+token) and random weights, drawn on the device. A step is embeddings, all layers and a draw for each
+sequence, with ids from the host and back. Two times: what the device needs (events around the
+steps), and what a step takes with all the host does; the median of the steps counts.
 """
 
 import argparse

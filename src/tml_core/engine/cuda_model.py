@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from tml_core.contract import SEGMENT_LEN
 from tml_core.engine.kv_budget import KvBudget, KvLimits, kv_budget, least_bytes
 from tml_core.errors import OutOfDeviceMemory, Unsupported
 from tml_core.model.config import ModelConfig
@@ -23,6 +24,10 @@ __all__ = ["DevicePlan", "device_plan", "on_cuda", "require_cuda"]
 
 _DTYPE: Final = torch.bfloat16
 _BLOCK: Final = 64  # rows and columns of a packed block
+# Attention of few tokens shares a tile's segments among blocks, each with its partial result
+# (csrc/cuda/session_attn.cu), as long as two tiles find room on 132 multiprocessors.
+_ATTN_TILES: Final = 66
+_ATTN_THREADS: Final = 128
 _SLACK_BYTES: Final = 256 << 20  # what the allocator rounds up, and the runtime's own
 
 
@@ -71,11 +76,14 @@ def device_plan(config: ModelConfig, limits: KvLimits, free_bytes: int) -> Devic
     q_width = max(text.heads(layer) * text.head_size(layer) for layer in range(text.num_layers))
     routed = (text.top_k + text.num_shared) * (3 * text.expert_width + text.hidden_size)
     a_token = 4 * text.unpadded_vocab_size + 16 * text.hidden_size + 12 * q_width + 4 * routed
+    segments = -(-limits.check(text) // SEGMENT_LEN)
+    head_dim = max(text.head_size(layer) for layer in range(text.num_layers))
+    partials = _ATTN_TILES * segments * _ATTN_THREADS * 4 * (head_dim // 2 + 4)
     return DevicePlan(
         free=free_bytes,
         weights=sum(sizes),
         packing=2 * max(sizes),
-        step=limits.max_step_tokens * a_token + _SLACK_BYTES,
+        step=limits.max_step_tokens * a_token + partials + _SLACK_BYTES,
         least_kv=least_bytes(text, _DTYPE, limits),
         asked_kv=limits.kv_memory_bytes or 0,
     )

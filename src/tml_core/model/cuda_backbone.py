@@ -83,7 +83,7 @@ class CudaBackbone:
         if weights:
             raise InvalidArgument(f"weights: unused tensors {sorted(weights)[:3]}")
         if capture is None and device.type == "cuda":
-            capture = capture_graphs()
+            capture = capture_graphs(device)
         self._capture = capture
         self._graphs: tuple[Tensor, StepGraphs] | None = None  # and the place they read batches at
 

@@ -35,17 +35,25 @@ Capture = Callable[[Callable[[], Tensor]], Captured]
 """Records what a function launches, without running it."""
 
 
-def capture_graphs() -> Capture:
+def capture_graphs(device: torch.device) -> Capture:
     """Records into CUDA graphs of one pool of memory; other threads may launch meanwhile."""
     pool: Any = None
 
     def capture(run: Callable[[], Tensor]) -> Captured:
         nonlocal pool
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             h_TD = run()
         pool = graph.pool()
-        return Captured(graph.replay, h_TD)
+
+        def replay() -> None:
+            with torch.cuda.device(device):
+                graph.replay()
+
+        return Captured(replay, h_TD)
 
     return capture
 

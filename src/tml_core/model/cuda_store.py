@@ -167,6 +167,7 @@ class _Staging:
     """Bytes that are written on the host and sent to one place on the device."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._device = device
         self.device_bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         is_cuda = device.type == "cuda"
         # Two, so that one is written while the other is on its way.
@@ -190,7 +191,7 @@ class _Staging:
         self.device_bytes.copy_(self._hosts[self._turn], non_blocking=True)
         event = self._sent[self._turn]
         if event is not None:
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
 
 
 class _Mirror:
