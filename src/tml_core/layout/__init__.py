@@ -2,7 +2,7 @@
 
 What goes in (chunk), what comes out (events), the two layouts (micro_turn, chat_template), text
 and byte-level vocabularies (text), tool calls and declarations (tool_call), state between turns
-(state).
+(state), what is said aloud (sound).
 """
 
 from tml_core.layout.chat_template import ChatLayout, ChatOutput, ChatState
@@ -22,11 +22,13 @@ from tml_core.layout.micro_turn import (
     OutputGrammar,
     TickOutput,
 )
+from tml_core.layout.sound import SOUND, Voice
 from tml_core.layout.state import EncodedInput, Layout, LayoutState, OutputHalf, Stream
 from tml_core.layout.text import TextCodec
 from tml_core.layout.tool_call import parse_call, tool_schema, tool_schemas
 
 __all__ = [
+    "SOUND",
     "AudioChunk",
     "ChatLayout",
     "ChatOutput",
@@ -49,6 +51,7 @@ __all__ = [
     "ToolCall",
     "ToolResult",
     "TurnDone",
+    "Voice",
     "as_chunk",
     "parse_call",
     "tool_schema",

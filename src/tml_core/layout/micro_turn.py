@@ -1,7 +1,8 @@
 """Micro-turn layout v1: one tick is 200 ms, an input half and an output half.
 
     <|tick|>  audio x <=4  [pictures]  [text waiting to be put in, budgeted]  <|out|>
-              <|silence|>  |  text x <=N  [<|call|> json <|/call|>]  <|/out|>
+              <|silence|>
+            | text x <=N  [<|say|> sound x4]  [<|call|> json <|/call|>]  <|/out|>
 
 Choices the figure leaves open, made here and nowhere else:
 
@@ -9,6 +10,9 @@ Choices the figure leaves open, made here and nowhere else:
   sampled, it marks an output half that was cancelled.
 - The budget N counts text tokens inside and outside a call. When it is used up, ``<|/out|>`` is put
   there without sampling, as it is after ``<|/call|>``: a tick of n tokens costs n model steps.
+- Sound fills its tick or is not begun: four blocks of 50 ms, each one position, follow ``<|say|>``.
+  Of a half that was cut short within them the blocks stay in the sequence and nobody hears them.
+  A model says nothing while a call is open.
 - A call that is open at the end of a tick goes on in the next tick that is not silent. One that
   reaches `MAX_CALL_TOKENS` is closed by the layout.
 - In the input half, ``<|call|> json <|/call|>`` holds a tool result; bare text was typed. What does
@@ -20,20 +24,34 @@ Choices the figure leaves open, made here and nowhere else:
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, Self
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from tml_core.errors import CheckpointError, InvalidArgument, Unsupported
 from tml_core.layout.chunk import Chunk, ToolResult, compact_json
-from tml_core.layout.events import Event, Silence, Tags, TextToken, TurnDone, TurnEnd
+from tml_core.layout.events import (
+    AudioChunk,
+    Event,
+    Silence,
+    Tags,
+    TextToken,
+    TurnDone,
+    TurnEnd,
+)
+from tml_core.layout.sound import BLOCKS_PER_TICK, SOUND, RunItem, Voice, spelled
 from tml_core.layout.state import AudioCarry, EncodedInput, LayoutState, Stream, TokenRun
 from tml_core.layout.text import TextCodec, bitmask
 from tml_core.layout.tool_call import call_event
+from tml_core.media.dmel import DmelState
+from tml_core.media.mel import Mel, mel_array
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.patches import image_patches
-from tml_core.media.segments import Audio, Block, Image, Segment, Tokens
+from tml_core.media.segments import Audio, Block, Image, OwnAudio, Segment, Tokens
+from tml_core.media.vocoder import Vocoder, VocoderState
+from tml_core.model.audio_out_config import AudioOutConfig
 from tml_core.model.config import ModelConfig
 from tml_core.model.token_loop import TokenTable
 
@@ -45,11 +63,13 @@ MAX_CALL_TOKENS: Final = 4096
 @dataclass(frozen=True, kw_only=True)
 class MicroTurnState(LayoutState):
     """``waiting``: runs of ids that still have to be put in, oldest first, of which the first
-    ``num_used`` ids of the first run are already in. ``call_ids``: what an open call holds."""
+    ``num_used`` ids of the first run are already in. ``call_ids``: what an open call holds.
+    ``voice``: sound that goes on, None after silence."""
 
     waiting: tuple[tuple[int, ...], ...] = ()
     num_used: int = 0
     call_ids: tuple[int, ...] | None = None
+    voice: Voice | None = None
 
     @property
     def is_in_call(self) -> bool:
@@ -61,6 +81,18 @@ class MicroTurnState(LayoutState):
         """Ids of text and tool results that still have to be put in."""
         return sum(len(ids) for ids in self.waiting) - self.num_used
 
+    def to_dict(self) -> dict[str, Any]:
+        """See `LayoutState.to_dict`."""
+        voice = None if self.voice is None else self.voice.to_dict()
+        return {**super().to_dict(), "voice": voice}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], dmel: DmelState | None) -> Self:
+        """The inverse of `to_dict`; raises `SnapshotError` for anything else."""
+        voice = values.get("voice")
+        state = super().from_dict({**values, "voice": None}, dmel)
+        return state if voice is None else replace(state, voice=Voice.from_dict(voice))
+
 
 class _Phase(Enum):
     """Where an output half stands."""
@@ -68,6 +100,8 @@ class _Phase(Enum):
     START = "start"
     START_IN_CALL = "start in call"
     TEXT = "text"
+    SAY = "say"
+    SAID = "said"
     CALL = "call"
     DONE = "done"
 
@@ -78,10 +112,10 @@ class _Phase(Enum):
 class OutputGrammar:
     """The token kinds of one vocabulary, and the bit masks of what may follow; made once a model.
 
-    ``<|say|>`` is in no mask: it needs an audio-out head.
+    ``<|say|>`` is in a mask only where the model has an audio-out head and ``speaks``.
     """
 
-    def __init__(self, config: ModelConfig, codec: TextCodec) -> None:
+    def __init__(self, config: ModelConfig, codec: TextCodec, *, speaks: bool = True) -> None:
         if config.interaction is None:
             raise CheckpointError("config: expected an interaction block, got a plain checkpoint")
         self.tokens = config.interaction.tokens
@@ -94,14 +128,22 @@ class OutputGrammar:
         )
         is_text.flags.writeable = False
         self.is_text = is_text
-        extra = {
+        extra: dict[_Phase, tuple[int, ...]] = {
             _Phase.START: (ids.silence, ids.call),
             _Phase.START_IN_CALL: (ids.silence, ids.end_call),
             _Phase.TEXT: (ids.call, ids.end_out),
             _Phase.CALL: (ids.end_call, ids.end_out),
         }
+        #: The head it speaks with, None where it only writes.
+        self.head: AudioOutConfig | None = config.interaction.audio_out if speaks else None
+        controls: tuple[int, ...] = (ids.silence, ids.end_out, ids.end_call, ids.call)
+        if self.head is not None:
+            extra[_Phase.START] += (ids.say,)
+            extra[_Phase.TEXT] += (ids.say,)
+            extra[_Phase.SAID] = (ids.call, ids.end_out)
+            controls += (ids.say,)
         self._extra = extra
-        masks_PW = torch.stack([self._mask(controls) for controls in extra.values()])
+        masks_PW = torch.stack([self._mask(phase) for phase in extra])
         self._masks: dict[_Phase, torch.Tensor] = dict(zip(extra, masks_PW, strict=True))
         self._numbers = {phase: number for number, phase in enumerate(extra)}
         after_text = {
@@ -110,12 +152,14 @@ class OutputGrammar:
             _Phase.TEXT: _Phase.TEXT,
             _Phase.CALL: _Phase.CALL,
         }
-        # Beside text only <|call|> leaves the half open.
+        call_phase = self._numbers[_Phase.CALL]
+        after_control = tuple(call_phase if one == ids.call else -1 for one in controls)
+        # Beside text only <|call|> leaves the half open and needs nobody to look.
         self._table = TokenTable(
             masks_PW,
-            (ids.silence, ids.end_out, ids.end_call, ids.call),
+            controls,
             tuple(
-                (-1, -1, -1, self._numbers[_Phase.CALL], self._numbers[after_text[phase]])
+                (*after_control, self._numbers[after_text[phase]] if phase in after_text else -1)
                 for phase in extra
             ),
             len(is_text),
@@ -133,25 +177,36 @@ class OutputGrammar:
         """Whether ``token_id`` may come in ``phase``."""
         if not 0 <= token_id < len(self.is_text):
             return False
-        return bool(self.is_text[token_id]) or token_id in self._extra[phase]
+        if phase not in self._extra:
+            return False
+        takes_text = phase != _Phase.SAID
+        return (takes_text and bool(self.is_text[token_id])) or token_id in self._extra[phase]
 
-    def _mask(self, controls: tuple[int, ...]) -> torch.Tensor:
-        is_allowed = self.is_text.copy()
-        is_allowed[list(controls)] = True
+    def _mask(self, phase: _Phase) -> torch.Tensor:
+        is_allowed = np.zeros_like(self.is_text) if phase == _Phase.SAID else self.is_text.copy()
+        is_allowed[list(self._extra[phase])] = True
         return bitmask(is_allowed)
 
 
 class TickOutput:
     """The output half of one tick, token by token; the same code labels training targets.
 
-    ``token_ids`` and ``streams``: the half so far. ``state``: the session after it, final once
-    ``is_done``.
+    ``token_ids`` and ``streams``: the half so far, in which `SOUND` stands for a block of sound.
+    ``state``: the session after it, final once ``is_done``. ``vocoder``: turns sound into the PCM
+    of `AudioChunk`; it is the half's own while it is asked. Without one sound causes no events.
     """
 
-    def __init__(self, grammar: OutputGrammar, state: MicroTurnState, epoch: int = 0) -> None:
+    def __init__(
+        self,
+        grammar: OutputGrammar,
+        state: MicroTurnState,
+        epoch: int = 0,
+        vocoder: Vocoder | None = None,
+    ) -> None:
         self._grammar = grammar
         self._before = state
         self._epoch = epoch
+        self._vocoder = vocoder
         self._reset()
 
     def _reset(self) -> None:
@@ -161,6 +216,9 @@ class TickOutput:
         self.is_done = False
         self._num_text = 0
         self._num_fed = 0
+        self._sound: list[OwnAudio] = []
+        self._num_sound_fed = 0
+        self._heard: VocoderState | None = None  # after the sound of this half
         # Of an open call; they become part of the state when the half is closed.
         before = self._before.call_ids
         self._call_ids: list[int] | None = None if before is None else list(before)
@@ -171,11 +229,40 @@ class TickOutput:
         """Bit mask of the ids that may come next: int32 [ceil(V / 32)], not to be written."""
         if self.is_done:
             raise InvalidArgument("allowed: expected an open output half, got a closed one")
+        if self.wants_sound:
+            raise InvalidArgument("allowed: expected to be asked for a token, a block comes next")
         return self._grammar.mask(self._phase)
+
+    @property
+    def wants_sound(self) -> bool:
+        """Whether a block comes next, for `accept_sound`, and not a token."""
+        return self._phase == _Phase.SAY
+
+    @property
+    def has_spoken(self) -> bool:
+        """Whether the tick's sound is whole and the half still open."""
+        return self._phase == _Phase.SAID
+
+    @property
+    def before_M(self) -> torch.Tensor:
+        """The frame said before the block that comes next: float32 [M], silence if nothing was."""
+        last_M = self._last_frame()
+        head = self._grammar.head
+        if head is None:
+            raise InvalidArgument("before_M: this model has no audio-out head")
+        if last_M is None:
+            return torch.full((head.num_mel_bins,), head.mel.min_log10)
+        return last_M
+
+    def _last_frame(self) -> torch.Tensor | None:
+        if self._sound:
+            return self._sound[-1].mel[0, -1]
+        voice = self._before.voice
+        return None if voice is None else voice.last
 
     def run_ahead(self) -> TokenRun | None:
         """How far to go without it: to what closes it, or a budget."""
-        if self.is_done:
+        if self.is_done or self.wants_sound:
             return None
         num_text = self._grammar.max_text - self._num_text
         if self._call_ids is not None:
@@ -194,10 +281,10 @@ class TickOutput:
             raise InvalidArgument(f"token_id: expected an allowed token, got {token_id} in {where}")
         if token_id == ids.silence:
             self._append(token_id, Stream.SILENCE)
-            return [Silence(**self._tags(), logprob=logprob), self._close("silence")]
+            return [Silence(**self._tags(), logprob=logprob), *self._close("silence")]
         if token_id == ids.end_out:
             self._append(token_id, Stream.CONTROL)
-            return [self._close("end")]
+            return self._close("end")
         if token_id == ids.call:
             self._append(token_id, Stream.CONTROL)
             self._phase = _Phase.CALL
@@ -206,33 +293,81 @@ class TickOutput:
         if token_id == ids.end_call:
             self._append(token_id, Stream.CONTROL)
             return self._end_call()
+        if token_id == ids.say:
+            self._append(token_id, Stream.CONTROL)
+            self._phase = _Phase.SAY
+            return []
         self._num_text += 1
         if self._call_ids is not None:
             return self._accept_call_text(token_id)
         return self._accept_text(token_id, logprob)
 
+    def accept_sound(self, mel_FM: Mel | torch.Tensor) -> list[Event]:
+        """Take the next block, log10 frames float32 [F, M]; the tick's sound once it is whole.
+
+        Raises `InvalidArgument`, changing nothing, where none is wanted or for another shape.
+        """
+        head = self._grammar.head
+        if head is None or not self.wants_sound:
+            raise InvalidArgument(
+                f"mel: expected a token in phase {self._phase.value!r}, got sound"
+            )
+        frames_FM = mel_array("mel", mel_FM, head.mel)
+        if len(frames_FM) != head.num_frames:
+            raise InvalidArgument(f"mel: expected {head.num_frames} frames, got {len(frames_FM)}")
+        mel_1FM = torch.from_numpy(frames_FM.copy())[None]
+        self._sound.append(OwnAudio(mel_1FM, self._last_frame()))
+        self._append(SOUND, Stream.AUDIO)
+        if len(self._sound) < BLOCKS_PER_TICK:
+            return []
+        self._phase = _Phase.SAID
+        if self._vocoder is None:
+            return []
+        vocoder = self._wound_vocoder(self._vocoder)
+        pcm_S = vocoder.push(torch.cat([one.mel[0] for one in self._sound]))
+        self._heard = vocoder.state()
+        return [AudioChunk(**self._tags(), pcm=pcm_S, sample_rate=vocoder.config.sample_rate)]
+
+    def _wound_vocoder(self, vocoder: Vocoder) -> Vocoder:
+        """Where it stood when this half began."""
+        vocoder.reset()
+        voice = self._before.voice
+        if voice is not None and voice.vocoder is not None:
+            vocoder.restore(voice.vocoder)
+        return vocoder
+
     def take_unfed(self) -> list[int]:
         """The accepted tokens the model has not been given yet; now they count as given."""
         unfed = self.token_ids[self._num_fed :]
         self._num_fed = len(self.token_ids)
+        self._num_sound_fed = len(self._sound)
         return unfed
+
+    def take_unfed_segments(self) -> list[Segment]:
+        """The same with its sound, as segments."""
+        sound = self._sound[self._num_sound_fed :]
+        return spelled(self.take_unfed(), sound)
 
     def cut(self, num_kept: int = 0) -> list[Event]:
         """Keep the first ``num_kept`` tokens and close the half after them with ``<|/out|>``."""
-        kept = self.token_ids[:num_kept]
+        kept, sound = self.token_ids[:num_kept], iter(self._sound)
         self._reset()
         for token_id in kept:
+            if token_id == SOUND:
+                self.accept_sound(next(sound).mel[0])
+                continue
             events = self.accept(token_id, 0.0)
             if self.is_done:
                 return events[-1:]
         self._append(self._grammar.tokens.end_out, Stream.FORCED)
-        return [self._close("cancelled")]
+        # What was still to be heard of the ticks before is not.
+        return self._close("cancelled")[-1:]
 
     def close_now(self, reason: TurnEnd) -> list[Event]:
         """Close the half with what it holds: ``<|/out|>``, or ``<|silence|>`` without a token."""
         ids = self._grammar.tokens
         self._append(ids.end_out if self.token_ids else ids.silence, Stream.FORCED)
-        return [self._close(reason)]
+        return self._close(reason)
 
     def _accept_text(self, token_id: int, logprob: float) -> list[Event]:
         self._append(token_id, Stream.TEXT)
@@ -258,26 +393,43 @@ class TickOutput:
         raw = self._grammar.codec.decode(call_ids)
         event, self.state = call_event(self.state, raw, call_ids, self._tags())
         self._append(self._grammar.tokens.end_out, Stream.FORCED)
-        return [event, self._close("call")]
+        return [event, *self._close("call")]
 
     def _close_at_budget(self) -> list[Event]:
         if self._num_text < self._grammar.max_text:
             return []
         self._append(self._grammar.tokens.end_out, Stream.FORCED)
-        return [self._close("budget")]
+        return self._close("budget")
 
     def _append(self, token_id: int, stream: Stream) -> None:
         self.token_ids.append(token_id)
         self.streams.append(stream)
 
-    def _close(self, reason: TurnEnd) -> TurnDone:
+    def _close(self, reason: TurnEnd) -> list[Event]:
         done = TurnDone(**self._tags(), reason=reason, token_ids=tuple(self.token_ids))
         unsent = tuple(self.token_ids[self._num_fed :])
         call_ids = None if self._call_ids is None else tuple(self._call_ids)
-        self.state = replace(self.state, tick=self.state.tick + 1, unsent=unsent, call_ids=call_ids)
+        voice, events = self._voice_after()
+        self.state = replace(
+            self.state, tick=self.state.tick + 1, unsent=unsent, call_ids=call_ids, voice=voice
+        )
         self._phase = _Phase.DONE
         self.is_done = True
-        return done
+        return [*events, done]
+
+    def _voice_after(self) -> tuple[Voice | None, list[Event]]:
+        """What the next tick goes on from; the rest of a sound that ended with the tick before."""
+        unsent = tuple(self._sound[self._num_sound_fed :])
+        if len(self._sound) == BLOCKS_PER_TICK:
+            return Voice(self._last_frame(), self._heard, unsent), []
+        events: list[Event] = []
+        before = self._before.voice
+        if self._vocoder is not None and before is not None and before.vocoder is not None:
+            vocoder = self._wound_vocoder(self._vocoder)
+            sample_rate = vocoder.config.sample_rate
+            rest_S = vocoder.flush()
+            events.append(AudioChunk(**self._tags(), pcm=rest_S, sample_rate=sample_rate))
+        return (Voice(unsent=unsent) if unsent else None), events
 
     def _tags(self) -> Tags:
         tick = self._before.tick
@@ -287,20 +439,23 @@ class TickOutput:
 class MicroTurnLayout:
     """Layout v1 for one model; holds no session.
 
-    Raises `CheckpointError` if the checkpoint has no ``interaction`` block or no usable tokenizer.
+    ``speaks=False`` takes no notice of an audio-out head. Raises `CheckpointError` if the
+    checkpoint has no ``interaction`` block or no usable tokenizer.
     """
 
     name: Final = "micro-turn v1"
     knows_ticks: Final = True
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, config: ModelConfig, tokenizer: Tokenizer | None, *, speaks: bool = True
+    ) -> None:
         if tokenizer is None:
             raise CheckpointError("tokenizer: expected tokenizer.json in the checkpoint, got none")
         if config.interaction is None:
             raise CheckpointError("config: expected an interaction block, got a plain checkpoint")
         self.config = config
         self.codec = TextCodec(tokenizer, config.text.unpadded_vocab_size)
-        self.grammar = OutputGrammar(config, self.codec)
+        self.grammar = OutputGrammar(config, self.codec, speaks=speaks)
         self._budget = config.interaction.max_injected_per_tick
         self._audio = None if config.audio is None else AudioCarry(config.audio)
 
@@ -329,7 +484,7 @@ class MicroTurnLayout:
         """
         before = _checked(state)
         ids = self.grammar.tokens
-        segments: list[Segment | Block] = [Tokens((*before.unsent, ids.tick))]
+        segments: list[Segment | Block] = [*_unsent(before, ids.tick)]
         num_tokens = len(before.unsent) + 2
         dmel = before.dmel
         if chunk.audio is not None:
@@ -346,7 +501,10 @@ class MicroTurnLayout:
         waiting = before.waiting + self._queue(chunk, before)
         injected, waiting, num_used = _take(waiting, before.num_used, self._budget)
         segments.append(Tokens((*injected, ids.out)))
-        after = replace(before, unsent=(), dmel=dmel, waiting=waiting, num_used=num_used)
+        voice = None if before.voice is None else before.voice.sent()
+        after = replace(
+            before, unsent=(), dmel=dmel, waiting=waiting, num_used=num_used, voice=voice
+        )
         return EncodedInput(
             segments=tuple(segments),
             state=after,
@@ -354,15 +512,34 @@ class MicroTurnLayout:
             num_waiting=after.num_waiting,
         )
 
-    def begin_output(self, state: LayoutState, epoch: int = 0) -> TickOutput:
+    def begin_output(
+        self, state: LayoutState, epoch: int = 0, vocoder: Vocoder | None = None
+    ) -> TickOutput:
         """The output half that follows the input half that ended in ``state``."""
-        return TickOutput(self.grammar, _checked(state), epoch)
+        return TickOutput(self.grammar, _checked(state), epoch, vocoder)
+
+    def encode_sound(self, mel_FM: Mel) -> list[RunItem]:
+        """What a model that says log10 frames float32 [F, M] would put out, as one run;
+        `split_output` deals it out to ticks. The last tick is filled up with silence."""
+        head = self.grammar.head
+        if head is None:
+            raise Unsupported("mel: this model has no audio-out head")
+        frames_FM = mel_array("mel", mel_FM, head.mel)
+        per_tick = BLOCKS_PER_TICK * head.num_frames
+        rest = ((0, -len(frames_FM) % per_tick), (0, 0))
+        frames_FM = np.pad(frames_FM, rest, constant_values=head.mel.min_log10)
+        run: list[RunItem] = []
+        for start in range(0, len(frames_FM), head.num_frames):
+            if start % per_tick == 0:
+                run.append(self.grammar.tokens.say)
+            run.append(frames_FM[start : start + head.num_frames])
+        return run
 
     def encode_output(
         self, state: LayoutState, text: str = "", call: tuple[str, dict[str, Any]] | None = None
     ) -> tuple[int, ...]:
-        """What a model that says ``text`` and then makes ``call`` (name, args) would sample, as one
-        run without the closing tokens; `split_output` deals it out to ticks."""
+        """What a model that writes ``text`` and then makes ``call`` (name, args) would sample, as
+        one run without the closing tokens; `split_output` deals it out to ticks."""
         is_in_call = _checked(state).call_ids is not None
         if is_in_call and text:
             raise InvalidArgument("text: expected none while a call is open, got some")
@@ -373,54 +550,57 @@ class MicroTurnLayout:
         body = self._bracketed({"name": name, "args": args})
         return ids + (body[1:] if is_in_call else body)
 
-    def split_output(self, state: LayoutState, token_ids: Sequence[int]) -> list[TickOutput]:
-        """A run of sampled tokens dealt out to as many ticks as the budget needs, in order.
+    def split_output(self, state: LayoutState, run: Sequence[RunItem]) -> list[TickOutput]:
+        """A run of sampled tokens and blocks of sound dealt out to as many ticks as the budget
+        needs, in order.
 
-        A run that ends before its tick is closed ends it with ``<|/out|>``; an empty run is one
-        silent tick. Each part has its tokens and their streams. Raises `InvalidArgument` for a run
-        the grammar does not allow.
+        A run that ends before its tick is closed, or goes on to write or to speak after the tick's
+        sound, ends it with ``<|/out|>``; an empty run is one silent tick. Each part has its tokens
+        and their streams. Raises `InvalidArgument` for a run the grammar does not allow.
         """
         parts = [self.begin_output(state)]
-        for token_id in token_ids:
-            if parts[-1].is_done:
-                parts.append(self.begin_output(parts[-1].state))
-            parts[-1].accept(token_id, 0.0)
-        last, ids = parts[-1], self.grammar.tokens
+        ids = self.grammar.tokens
+        for item in run:
+            last = parts[-1]
+            if last.has_spoken and not (isinstance(item, int) and item in (ids.call, ids.end_out)):
+                last.accept(ids.end_out, 0.0)
+            if last.is_done:
+                parts.append(self.begin_output(last.state))
+            _accept(parts[-1], item)
+        last = parts[-1]
         if not last.is_done:
             last.accept(ids.end_out if last.token_ids else ids.silence, 0.0)
         return parts
 
     def encode_session(
-        self, ticks: Iterable[tuple[Chunk, Sequence[int]]], prefix: Sequence[int] = ()
+        self, ticks: Iterable[tuple[Chunk, Sequence[RunItem]]], prefix: Sequence[int] = ()
     ) -> tuple[list[Segment | Block], list[Stream]]:
         """A whole session as a trainer sees it: segments, and the stream of every position.
 
-        ``ticks``: for each tick what came in and what was sampled, FORCED tokens left out, the
-        tick closed by it (`split_output` makes such runs). ``prefix``: ids of `encode_prefix`.
-        The same positions as a live session has. Raises `InvalidArgument` for a run that does not
-        close its tick or that the grammar does not allow.
+        ``ticks``: for each tick what came in and what was sampled, blocks of sound as their mel
+        frames, FORCED tokens left out, the tick closed by it (`split_output` makes such runs).
+        ``prefix``: ids of `encode_prefix`. The same positions as a live session has. Raises
+        `InvalidArgument` for a run that does not close its tick or that the grammar does not allow.
         """
         segments: list[Segment | Block] = [Tokens(tuple(prefix))] if prefix else []
         streams = [Stream.INPUT] * len(prefix)
         state: LayoutState = self.initial_state()
-        for chunk, token_ids in ticks:
+        for chunk, run in ticks:
             encoded = self.encode_input(chunk, state)
             segments += encoded.segments
             # What the last tick left unsent leads this input, and is labelled already.
             streams += [Stream.INPUT] * (encoded.num_tokens - len(state.unsent))
             output = self.begin_output(encoded.state)
-            for token_id in token_ids:
-                output.accept(token_id, 0.0)
+            for item in run:
+                _accept(output, item)
             if not output.is_done:
                 raise InvalidArgument(
                     f"ticks[{output.state.tick}]: expected tokens that close the tick, "
-                    f"got {list(token_ids)}"
+                    f"got {output.token_ids}"
                 )
             streams += output.streams
             state = output.state
-        if state.unsent:
-            segments.append(Tokens(state.unsent))
-        return segments, streams
+        return segments + _unsent(_checked(state)), streams
 
     def encode_frames(self, frames: Sequence[Any]) -> Image:
         """One image-token set: a picture, or a pair with the later one in the second slot."""
@@ -463,6 +643,19 @@ def _take(
         if num_used == len(waiting[0]):
             waiting, num_used = waiting[1:], 0
     return taken, waiting, num_used
+
+
+def _accept(output: TickOutput, item: RunItem) -> None:
+    if isinstance(item, int):
+        output.accept(item, 0.0)
+    else:
+        output.accept_sound(item)
+
+
+def _unsent(state: MicroTurnState, *then: int) -> list[Segment]:
+    """What the last tick left unsent, and more tokens after it."""
+    sound = () if state.voice is None else state.voice.unsent
+    return spelled((*state.unsent, *then), sound)
 
 
 def _checked(state: LayoutState) -> MicroTurnState:

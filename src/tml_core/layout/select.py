@@ -12,8 +12,11 @@ __all__ = ["layout_for"]
 def layout_for(config: ModelConfig, tokenizer: Tokenizer | None) -> MicroTurnLayout | ChatLayout:
     """Micro-turn layout v1 for a checkpoint with an ``interaction`` block, else the chat template.
 
+    It is that of sessions, which do not draw sound yet: in them a model with an audio-out head only
+    writes.
+
     Raises `CheckpointError` without a byte-level tokenizer that has the special tokens.
     """
     if config.interaction is None:
         return ChatLayout(config, tokenizer)
-    return MicroTurnLayout(config, tokenizer)
+    return MicroTurnLayout(config, tokenizer, speaks=False)

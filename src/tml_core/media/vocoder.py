@@ -52,6 +52,9 @@ class Vocoder(Protocol):
     def flush(self) -> Pcm:
         """What is still to be heard, float32 [delay]; then the vocoder is as it was made."""
 
+    def reset(self) -> None:
+        """Back to how the vocoder was made."""
+
     def state(self) -> VocoderState:
         """The current state."""
 
@@ -105,8 +108,12 @@ class GriffinLim:
         """See `Vocoder.flush`."""
         silence_N = np.zeros(self._config.window // 2 + 1)
         tail_S = self._run([silence_N] * (self.delay // self._config.hop))
-        self._state = self._tables.silence
+        self.reset()
         return tail_S
+
+    def reset(self) -> None:
+        """Back to how the vocoder was made."""
+        self._state = self._tables.silence
 
     def state(self) -> VocoderState:
         """The current state."""
