@@ -44,16 +44,14 @@ def pack_picture(patches: Tensor, quality: int) -> PackedPicture | None:
     levels = _levels()
     if size % 8 or size > 255 or patches_PTYXC.shape[4] != 3 or not len(patches_PTYXC):
         return None
-    is_seen = patches_PTYXC != levels.pad_C
-    seen_PS = np.stack(
-        [is_seen[:, 0, :, 0, 0].sum(axis=1), is_seen[:, 0, 0, :, 0].sum(axis=1)], axis=1
-    )
-    if not np.array_equal(is_seen, np.broadcast_to(_mask(seen_PS, size), is_seen.shape)):
-        return None
+    edges = patches_PTYXC[:, 0, :, 0, 0], patches_PTYXC[:, 0, 0, :, 0]
+    seen_PS = np.stack([(edge != levels.pad_C[0]).sum(axis=1) for edge in edges], axis=1)
     first, last = levels.value_LC[0], levels.value_LC[-1]
-    scaled = np.rint((patches_PTYXC - first) * (np.float32(255.0) / (last - first)))
-    bytes_PTYXC = np.clip(scaled, 0, 255).astype(np.uint8)
-    if not np.array_equal(_normalised(bytes_PTYXC)[is_seen], patches_PTYXC[is_seen]):
+    scaled = (patches_PTYXC - first) * (np.float32(255.0) / (last - first))
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, 0, 255, out=scaled)
+    bytes_PTYXC = scaled.astype(np.uint8)
+    if not np.array_equal(_patches(bytes_PTYXC, seen_PS), patches_PTYXC):
         return None
     out = io.BytesIO()
     stack = bytes_PTYXC.reshape(-1, size, 3)
@@ -69,11 +67,7 @@ def unpack_picture(packed: PackedPicture, size: int) -> Tensor:
         bytes_PTYXC = stack.reshape(num_patches, 2, size, size, 3)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"data: a picture cannot be read: {error}") from error
-    patches_PTYXC = _normalised(bytes_PTYXC)
-    for patch, (height, width) in enumerate(packed.seen):
-        patches_PTYXC[patch, :, height:] = _levels().pad_C
-        patches_PTYXC[patch, :, :, width:] = _levels().pad_C
-    return torch.from_numpy(patches_PTYXC)
+    return torch.from_numpy(_patches(bytes_PTYXC, packed.seen))
 
 
 @cache
@@ -84,19 +78,16 @@ def _levels() -> _Levels:
     return _Levels(tiles_PTYXC[:32, 0, 0].reshape(256, 3).copy(), tiles_PTYXC[32, 0, 0, 0].copy())
 
 
-def _normalised(bytes_C: NDArray[np.uint8]) -> NDArray[np.float32]:
-    values = _levels().value_LC
-    result = np.empty(bytes_C.shape, np.float32)
+def _patches(bytes_PTYXC: NDArray[np.uint8], seen_PS: NDArray[Any]) -> NDArray[np.float32]:
+    """Normalised, with padding around what is seen."""
+    values_LC, pad_C = _levels()
+    result = np.empty(bytes_PTYXC.shape, np.float32)
     for channel in range(3):
-        np.take(values[:, channel], bytes_C[..., channel], out=result[..., channel])
+        np.take(values_LC[:, channel], bytes_PTYXC[..., channel], out=result[..., channel])
+    for patch, (height, width) in enumerate(seen_PS):
+        result[patch, :, height:] = pad_C
+        result[patch, :, :, width:] = pad_C
     return result
-
-
-def _mask(seen_PS: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
-    inside = np.arange(size)
-    is_high_PY, is_wide_PX = (inside < seen_PS[:, axis, None] for axis in (0, 1))
-    is_in: NDArray[np.bool_] = is_high_PY[:, :, None] & is_wide_PX[:, None, :]
-    return is_in[:, None, :, :, None]
 
 
 def _pillow() -> Any:

@@ -70,7 +70,12 @@ def write_shards(
     shard = _Shard(config, jpeg_quality)
     count = 0
     for transcript in transcripts:
-        shard.add(transcript, count)
+        try:
+            PackedBatch.pack([transcript], config)
+        except InvalidArgument as error:
+            message = str(error).replace("transcripts[0]", f"transcripts[{count}]")
+            raise InvalidArgument(message) from error
+        shard.add(transcript)
         count += 1
         if shard.num_bytes >= shard_bytes:
             files.append(shard.write(root / shard_name(len(files))))
@@ -95,10 +100,11 @@ def write_shard(
     facts: Mapping[str, str],
     jpeg_quality: int | None = 92,
 ) -> None:
-    """One shard, whole or not at all. ``facts``: what else is known of it, for `shard_entry`."""
+    """One shard, whole or not at all, of what the layout of ``config`` made: it is not checked.
+    ``facts``: what else is known of it, for `shard_entry`."""
     shard = _Shard(config, jpeg_quality)
-    for number, transcript in enumerate(transcripts):
-        shard.add(transcript, number)
+    for transcript in transcripts:
+        shard.add(transcript)
     shard.write(file, facts)
 
 
@@ -235,13 +241,7 @@ class _Shard:
         self.lengths: list[int] = []
         self.num_bytes = 0
 
-    def add(self, transcript: Transcript, number: int) -> None:
-        """Raises InvalidArgument naming transcript ``number`` if the model cannot take it."""
-        try:
-            PackedBatch.pack([transcript], self._config)
-        except InvalidArgument as error:
-            message = str(error).replace("transcripts[0]", f"transcripts[{number}]")
-            raise InvalidArgument(message) from error
+    def add(self, transcript: Transcript) -> None:
         before = len(self._pieces)
         for index, segment in enumerate(transcript.segments):
             is_block = isinstance(segment, Block)
