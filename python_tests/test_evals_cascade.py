@@ -20,6 +20,13 @@ from tml_core.evals.rules import Action, Rules
 SECOND = 16000
 
 
+def after(heard: str) -> list[Action]:
+    """What the rules make of the first thing they hear, which ended at 1 s and is known at 2."""
+    rules = Rules()
+    rules.heard(heard, SECOND, 2 * SECOND)
+    return rules.actions
+
+
 @pytest.mark.parametrize(
     ("heard", "said"),
     [
@@ -33,17 +40,25 @@ SECOND = 16000
             "Please search for the weather in Oslo.",
             [Action(2 * SECOND, call=("background", {"request": "weather in oslo"}))],
         ),
+        (
+            "After five seconds say tea, and after nine seconds say blue.",
+            [Action(6 * SECOND, "tea"), Action(10 * SECOND, "blue")],
+        ),
+        (
+            "Remind me of tea in five seconds and of blue in nine seconds.",
+            [Action(6 * SECOND, "tea"), Action(10 * SECOND, "blue")],
+        ),
         ("Say blue when I say apple.", []),
         ("The train to the city leaves at noon.", []),
         ("", []),
     ],
 )
 def test_rules(heard: str, said: list[Action]) -> None:
-    assert Rules().heard(heard, SECOND, 2 * SECOND) == said
+    assert after(heard) == said
 
 
 def test_a_timer_that_is_over_before_it_is_understood() -> None:
-    assert Rules().heard("Say tea in 0 seconds", SECOND, 2 * SECOND) == [Action(2 * SECOND, "tea")]
+    assert after("Say tea in 0 seconds") == [Action(2 * SECOND, "tea")]
 
 
 @pytest.mark.parametrize(
@@ -58,21 +73,27 @@ def test_a_timer_that_is_over_before_it_is_understood() -> None:
 )
 def test_a_cue_is_answered_once_the_utterance_is_over(request_: str) -> None:
     rules = Rules()
-    assert rules.heard(request_, 0, 0) == []
-    assert rules.heard("I walked past the window", 3, 4) == []
-    assert rules.heard("There was one Apple left.", 5, 6) == [Action(6, "tea")]
+    rules.heard(request_, 0, 0)
+    rules.heard("I walked past the window", 3, 4)
+    assert rules.actions == []
+    rules.heard("There was one Apple left.", 5, 6)
+    assert rules.actions == [Action(6, "tea")]
 
 
-def test_a_period_goes_on() -> None:
-    said = Rules().heard("Say breathe every four seconds", SECOND, 2 * SECOND)
-    assert [one.at for one in said[:3]] == [5 * SECOND, 9 * SECOND, 13 * SECOND]
+def test_a_period_goes_on_until_the_user_has_enough() -> None:
+    rules = Rules()
+    rules.heard("Say breathe every four seconds", SECOND, 2 * SECOND)
+    assert [one.at for one in rules.actions[:3]] == [5 * SECOND, 9 * SECOND, 13 * SECOND]
+    rules.heard("Okay, stop.", 10 * SECOND, 11 * SECOND)
+    assert [one.at for one in rules.actions] == [5 * SECOND, 9 * SECOND]
 
 
 def test_dictation_writes_what_was_heard() -> None:
     rules = Rules()
     rules.typed("Please write down what i say")
-    assert rules.heard("Say tea in five seconds.", 0, 7) == [Action(7, "say tea in 5 seconds")]
-    assert rules.heard("...", 0, 9) == []
+    rules.heard("Say tea in five seconds.", 0, 7)
+    rules.heard("...", 0, 9)
+    assert rules.actions == [Action(7, "say tea in 5 seconds")]
 
 
 def test_actions_and_results_fall_into_ticks() -> None:

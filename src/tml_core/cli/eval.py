@@ -182,15 +182,12 @@ def _details(report: Report) -> RenderableType:
     grid.add_column(style=_QUIET)
     for name, score in report.scores.items():
         suite = SUITES[name]
-        # Those of other windows are for the JSON.
-        told = [
-            f"{what} {value:.2f}" for what, value in score.extras.items() if "within" not in what
-        ]
+        # What other windows would have made right is for the JSON.
+        shown = [pair for pair in score.extras.items() if not pair[0].startswith("within ")]
+        told = [f"{what} {value:.2f}" for what, value in shown]
         if len(score.groups) <= _MAX_GROUPS:
-            pairs = score.groups.items()
-            told += [
-                f"{what or 'all'} {suite.show(value)} of {num}" for what, (value, num) in pairs
-            ]
+            for what, (value, num) in score.groups.items():
+                told.append(f"{what or 'all'} {suite.show(value)} of {num}")
         if told:
             grid.add_row(name, ", ".join(told))
     return grid

@@ -45,11 +45,10 @@ class CascadePlayer:
         for chunk in item.chunks:
             if chunk.text:
                 rules.typed(chunk.text)
-        actions: list[Action] = []
         for one in utterances:
             text = self._recogniser.text(pcm_S[one.start : one.end])
-            actions += rules.heard(text, one.end, one.known)
-        return perform(item, actions, utterances)
+            rules.heard(text, one.end, one.known)
+        return perform(item, rules.actions, utterances)
 
 
 def perform(item: Item, actions: Iterable[Action], utterances: Iterable[Utterance]) -> Played:
