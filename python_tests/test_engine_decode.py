@@ -373,3 +373,28 @@ def test_pictures_of_one_step_are_encoded_together(monkeypatch: pytest.MonkeyPat
                 assert session.info() == info
                 session.close()
             assert counts == expected_counts
+
+
+def test_one_turn_that_has_to_be_looked_at_holds_no_other_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside one whose output may be cut short, all go step by step, with the same bits."""
+    run, num_rows = TokenLoop.run, []
+
+    def noting(self: TokenLoop, count: int, table: Any, limit_s: float) -> Any:
+        num_rows.append(count)
+        return run(self, count, table, limit_s)
+
+    monkeypatch.setattr(TokenLoop, "run", noting)
+    with Engine(nano()) as engine:
+        found = []
+        for degrade in ("none", "shrink_output"):
+            sessions = [engine.open(seed=0, degrade=degrade), engine.open(seed=1)]
+            num_rows.clear()
+            with paused(sessions[0]):
+                turns = [one.append(noise(i), deadline_ms=None) for i, one in enumerate(sessions)]
+            found.append([turn.result(WAIT_S).events for turn in turns])
+            assert (2 in num_rows) == (degrade == "none")
+            for session in sessions:
+                session.close()
+        assert found[0] == found[1]

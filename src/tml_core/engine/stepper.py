@@ -200,8 +200,10 @@ class Stepper:
             runs = [job.run_ahead() for job in talking]
         except Exception:
             return None  # whose fault it is turns out where it is asked step by step
-        known = [run for run in runs if run is not None and run.table is runs[0].table]  # type: ignore[union-attr]
-        return known if len(known) == len(runs) else None
+        known = [run for run in runs if run is not None]
+        if len(known) < len(runs) or any(run.table is not known[0].table for run in known):
+            return None
+        return known
 
     def _talk(
         self,
