@@ -33,9 +33,10 @@ from tml_core.data import (
 )
 from tml_core.data import bank as bank_module
 from tml_core.data.augment import Sound
+from tml_core.data.engines import Voice
 from tml_core.data.script import REACTION_TICKS, perform
 from tml_core.data.sentences import Sentences, number_words
-from tml_core.data.tasks import PERIOD_SECONDS, TIMER_SECONDS, is_held_out_sum
+from tml_core.data.tasks import PERIOD_SECONDS, TIMER_SECONDS, is_held_out_sum, pieces
 from tml_core.data.words import CHATTER, CUES, NAMES, NUMBERS, WORDS
 from tml_core.layout import MicroTurnLayout, Stream, TextToken, ToolCall
 from tml_core.media import TICK_SAMPLES
@@ -237,8 +238,29 @@ def test_every_word_is_written_in_the_tick_after_it_was_heard(
     assert engines == set(ENGINES)
 
 
+def test_pieces_come_again_in_another_order(bank: SpeechBank, layout: MicroTurnLayout) -> None:
+    made = list(interactions(5, bank=bank, tasks=["pieces"], num=12))
+    said: dict[Voice, list[str]] = {}
+    for one in made:
+        for spoken in one.script.spoken:
+            said.setdefault(spoken.voice, []).append(spoken.text)
+        text = " ".join(spoken.text for spoken in one.script.spoken)
+        assert not any(spoken.is_once for spoken in one.script.spoken)
+        assert all(1 <= len(spoken.text.split()) <= 3 for spoken in one.script.spoken)
+        assert " ".join(due.text for due in one.script.expected) == text
+        runs = one.runs(layout)
+        written = [token for run in runs for token in run if layout.grammar.is_text[token]]
+        assert layout.codec.decode(written) == f" {text}"
+    # What a voice may say is a short list, whoever asks.
+    others = [task for task in TASKS.values() if task.name not in ("transcribe", "pieces")]
+    sentences = Sentences([text for task in others for text in task.phrasings.train])
+    for voice, texts in said.items():
+        known = {pieces._piece(sentences, voice, number) for number in range(pieces._NUM_PIECES)}
+        assert set(texts) <= known and len(known) > 150
+
+
 def test_what_is_dictated_covers_every_request() -> None:
-    others = [task for task in TASKS.values() if task.name != "transcribe"]
+    others = [task for task in TASKS.values() if task.name not in ("transcribe", "pieces")]
     sentences = Sentences([text for task in others for text in task.phrasings.train])
     rng = np.random.default_rng(0)
     drawn = {word for _ in range(9000) for word in sentences.draw(rng).split()}

@@ -29,7 +29,13 @@ SPLITS: Final[tuple[Split, ...]] = ("train", "held_out")
 _ESPEAK: Final[dict[Split, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "train": (
         ("en-us", "en-gb-x-rp", "en-gb-x-gbcwmd", "en-gb-x-gbclan", "en-us-nyc"),
-        ("", "+f1", "+f2", "+f3", "+f5", "+m1", "+m2", "+m3", "+m4", "+m5", "+m6", "+m8"),
+        (
+            *("", "+f1", "+f2", "+f3", "+f5", "+m1", "+m2", "+m3", "+m4", "+m5", "+m6", "+m8"),
+            *("+Andy", "+Annie", "+Gene", "+Lee", "+Mario", "+Michael", "+adam"),
+            *("+anika", "+belinda", "+benjamin", "+boris", "+caleb", "+david", "+edward"),
+            *("+linda", "+klatt4", "+steph", "+shelby", "+quincy", "+norbert", "+grandma"),
+            *("+grandpa", "+Alicia", "+Reed", "+aunty", "+max", "+rob", "+paul"),
+        ),
     ),
     "held_out": (("en-gb-scotland", "en-029"), ("+f4", "+m7")),
 }

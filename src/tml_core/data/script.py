@@ -152,9 +152,9 @@ class ScriptWriter:
         self.pause(0.1, 1.2)
 
     def draw_voice(self, other_than: Voice | None = None) -> Voice:
-        """Somebody of this split. Engines come by the root of how many voices they have: neither
-        is one with a single voice heard all the time, nor hardly ever."""
-        shares = np.sqrt([len(ours) for ours in self._voices])
+        """Somebody of this split. Engines come by the root of how many voices they have, of which
+        64 count: neither is one with a single voice heard all the time, nor hardly ever."""
+        shares = np.sqrt([min(len(ours), 64) for ours in self._voices])
         while True:
             ours = self._voices[int(self.rng.choice(len(shares), p=shares / shares.sum()))]
             voice = ours[int(self.rng.integers(len(ours)))]
@@ -219,16 +219,19 @@ class ScriptWriter:
         """The user types ``text`` now."""
         self._typed.append((tick_at(self.now), text))
 
-    def dictate(self, text: str, answers: Mapping[str, str] | None = None) -> None:
+    def dictate(
+        self, text: str, answers: Mapping[str, str] | None = None, *, is_kept: bool = False
+    ) -> None:
         """The user says ``text``, and the model writes each word in the tick after it was over, or
         what ``answers`` has for it.
 
         Where the engine tells no times, one to three words are an utterance, after which they are
-        written; utterances follow each other end to end.
+        written; utterances follow each other end to end. ``is_kept``: it will be said again, and is
+        one utterance.
         """
         words = text.split()
         written = answers or {}
-        whole = Spoken(self.now, text, self.user, self._speed, is_once=True)
+        whole = Spoken(self.now, text, self.user, self._speed, is_once=not is_kept)
         speech = perform(whole, self._bank)
         if speech.words is not None:
             self._spoken.append(whole)
@@ -238,7 +241,7 @@ class ScriptWriter:
             self.now += len(speech.pcm)
             return
         while words:
-            num_words = int(self.rng.integers(1, 4))
+            num_words = len(words) if is_kept else int(self.rng.integers(1, 4))
             said, words = words[:num_words], words[num_words:]
             tick = tick_at(self.say(" ".join(said))) + REACTION_TICKS
             self.expect(tick, " ".join(written.get(word, word) for word in said))

@@ -27,7 +27,7 @@ from tml_core.train.packing import Transcript
 __all__ = ["DATA_VERSION", "Interaction", "interaction", "interactions", "render_script"]
 
 # Raise it when an interaction of the same seed is no longer the same.
-DATA_VERSION: Final = 3
+DATA_VERSION: Final = 4
 _FRAMES_PER_TICK: Final = 2
 _MAX_LATE_TICKS: Final = 10  # that text may be spelled without a break while more is due
 

@@ -4,6 +4,7 @@ from typing import Final
 
 from tml_core.data.tasks.basic import BASIC, TIMER_SECONDS, is_held_out_sum
 from tml_core.data.tasks.chain import chain_task
+from tml_core.data.tasks.pieces import pieces_task
 from tml_core.data.tasks.seeing import SEEING
 from tml_core.data.tasks.talking import TALKING
 from tml_core.data.tasks.task import Task
@@ -18,4 +19,5 @@ _CAMERAS: Final = (("appear",), ("count", "when", "span"), ("count", "when", "sp
 _TRANSCRIBE: Final = transcribe_task(_OTHERS)
 # A chain is several times as long as another interaction.
 _CHAIN: Final = chain_task((*_OTHERS, _TRANSCRIBE), 2.0, _CAMERAS)
-TASKS: Final = {task.name: task for task in (*_OTHERS, _TRANSCRIBE, _CHAIN)}
+_PIECES: Final = pieces_task(_OTHERS, 1.0)
+TASKS: Final = {task.name: task for task in (*_OTHERS, _TRANSCRIBE, _CHAIN, _PIECES)}

@@ -8,9 +8,9 @@ from tml_core.data.sentences import Sentences
 from tml_core.data.tasks.task import Task
 from tml_core.data.words import CHATTER
 
-__all__ = ["transcribe_task"]
+__all__ = ["TRANSCRIBE", "transcribe_task"]
 
-_TRANSCRIBE: Final = Phrasings(
+TRANSCRIBE: Final = Phrasings(
     train=(
         "write what i say",
         "write down what i say",
@@ -49,7 +49,7 @@ def transcribe_task(others: Sequence[Task]) -> Task:
     sentences = Sentences([text for task in others for text in task.phrasings.train])
 
     def write(script: ScriptWriter) -> None:
-        script.type(_TRANSCRIBE)
+        script.type(TRANSCRIBE)
         script.pause(0.4, 1.2)
         for _ in range(int(script.rng.integers(1, 5))):
             script.dictate(sentences.draw(script.rng))
@@ -64,4 +64,4 @@ def transcribe_task(others: Sequence[Task]) -> Task:
                 script.pause(0.5, 1.5)
 
     weight = sum(task.weight for task in others) * 3 / 7
-    return Task("transcribe", _TRANSCRIBE, write, weight)
+    return Task("transcribe", TRANSCRIBE, write, weight)
