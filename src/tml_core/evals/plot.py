@@ -20,7 +20,8 @@ __all__ = ["plot_reports"]
 
 _INK: Final = "#22313f"
 _AIM: Final = "#c1121f"
-_COLORS: Final = ("#2a6f97", "#f4a259", "#b8c4cc", "#7fb069", "#6a4c93")
+_COLORS: Final = ("#2a6f97", "#f4a259", "#7fb069", "#6a4c93", "#8ecae6")
+_SILENCE: Final = "#b8c4cc"
 _SPAN_TICKS: Final = 12  # of a histogram, to either side
 
 
@@ -44,16 +45,17 @@ def plot_reports(reports: Sequence[Report], path: Path) -> None:
     timed = [one for one in suites if one.name in ("timespeak", "cuespeak", "transcribe")]
     height = max(5.0, 1.4 + 0.22 * (len(shares) * (len(reports) + 1)))
     figure = Figure(figsize=(15, height), layout="constrained", facecolor="white")
-    parts: Any = figure.subfigures(1, 3, width_ratios=(1.5, 1.0, 1.0))
-    left, middle, right = parts
+    columns = [(1.5, shares), (1.0, others), (1.0, timed)]
+    widths = [width for width, wanted in columns if wanted]
+    parts: Any = figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)
+    places = iter(parts[0])
     if shares:
-        _bars(left.subplots(), shares, reports)
-    if others:
-        for axes, suite in zip(np.atleast_1d(middle.subplots(len(others), 1)), others, strict=True):
-            _bars(axes, [suite], reports)
-    if timed:
-        for axes, suite in zip(np.atleast_1d(right.subplots(len(timed), 1)), timed, strict=True):
-            _offsets(axes, suite, reports)
+        _bars(next(places).subplots(), shares, reports)
+    for wanted, draw in ((others, _one_bar), (timed, _offsets)):
+        if wanted:
+            rows = next(places).subplots(len(wanted), 1, squeeze=False)[:, 0]
+            for axes, suite in zip(rows, wanted, strict=True):
+                draw(axes, suite, reports)
     first = reports[0]
     figure.suptitle(
         f"{first.player}: {first.num_items} items a task, split {first.split}, seed {first.seed}; "
@@ -62,7 +64,7 @@ def plot_reports(reports: Sequence[Report], path: Path) -> None:
         fontsize=11,
     )
     handles: list[Any] = [
-        figure.axes[0].barh([0], [0], color=_color(at), label=one.player)
+        figure.axes[0].barh([0], [0], color=_color(reports, at), label=one.player)
         for at, one in enumerate(reports)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(reports), frameon=False)
@@ -75,7 +77,7 @@ def _bars(axes: "Axes", suites: Sequence[Suite], reports: Sequence[Report]) -> N
         for at, report in enumerate(reports):
             score = report.scores[suite.name]
             place = row + (at - (len(reports) - 1) / 2) * thickness
-            _bar(axes, suite, score, place, thickness, _color(at))
+            _bar(axes, suite, score, place, thickness, _color(reports, at))
         if suite.aim is not None:
             aim = suite.aim * suite.scale
             axes.plot([aim, aim], [row - 0.45, row + 0.45], color=_AIM, linewidth=1.6, zorder=4)
@@ -121,7 +123,7 @@ def _offsets(axes: "Axes", suite: Suite, reports: Sequence[Report]) -> None:
         share = np.histogram(late_s, edges)[0] / max(1, len(given))
         top = max(top, float(share.max()))
         label = f"{report.player}: {len(late)} of {len(given)}"
-        axes.stairs(share, edges, color=_color(at), fill=at == 0, alpha=0.85, label=label)
+        axes.stairs(share, edges, color=_color(reports, at), fill=at == 0, alpha=0.85, label=label)
     axes.axvline(0.0, color=_AIM, linewidth=1.2)
     axes.set_xlim(float(edges[0]), float(edges[-1]))
     axes.set_ylim(0, max(0.05, 1.3 * top))
@@ -132,8 +134,16 @@ def _offsets(axes: "Axes", suite: Suite, reports: Sequence[Report]) -> None:
     _quiet(axes)
 
 
-def _color(at: int) -> str:
-    return _COLORS[at % len(_COLORS)]
+def _one_bar(axes: "Axes", suite: Suite, reports: Sequence[Report]) -> None:
+    _bars(axes, [suite], reports)
+
+
+def _color(reports: Sequence[Report], at: int) -> str:
+    """One a player; silence is grey wherever it stands."""
+    if reports[at].player == "silent":
+        return _SILENCE
+    heard = [one.player for one in reports if one.player != "silent"]
+    return _COLORS[heard.index(reports[at].player) % len(_COLORS)]
 
 
 def _quiet(axes: "Axes") -> None:
