@@ -20,6 +20,7 @@ from torch import Tensor
 from byte_model import BYTE_MODEL
 from session_kit import noise, spoken
 from tml_core import Session
+from tml_core.engine import host
 from tml_core.engine.model import Model
 from tml_core.errors import InvalidArgument, SnapshotError, Unsupported
 from tml_core.media.segments import Audio, Block, Image, Tokens
@@ -323,7 +324,10 @@ def talking_model(device: torch.device) -> Model:
     return Model(config, backbone, SequenceStore(kv, "talking"), tokenizer=tokenizer)
 
 
-def test_sessions_live_on_it_and_do_not_see_each_other(device: torch.device) -> None:
+def test_sessions_live_on_it_and_do_not_see_each_other(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "_warm_up", lambda *_: None)  # a picture takes fibers minutes
     model = talking_model(device)
 
     def heard(session: Session, seed: int) -> tuple[list[int], list[float]]:
