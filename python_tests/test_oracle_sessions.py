@@ -319,7 +319,6 @@ class World:
         if life.oracle.marks:
             with pytest.raises(errors.SessionBusy, match="mark"):
                 life.session.park()
-            life.oracle.forget_recent()
             self.compare(life)
             return
         life.marks.clear()
