@@ -311,7 +311,9 @@ def test_segments_must_be_a_sequence_of_segments(model: Model) -> None:
     with model.new_sequence() as sequence:
         with pytest.raises(errors.InvalidType, match="expected a sequence of segments, got one T"):
             sequence.extend(Tokens([1]))  # type: ignore[arg-type]
-        with pytest.raises(errors.InvalidType, match="expected Tokens, Audio, Image or Block"):
+        with pytest.raises(
+            errors.InvalidType, match="expected Tokens, Audio, Image, OwnAudio or Block"
+        ):
             sequence.extend([[1, 2]])  # type: ignore[list-item]
         assert sequence.extend([]).shape == (0, VOCAB)
         assert sequence.tip == 0

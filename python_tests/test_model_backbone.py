@@ -296,7 +296,9 @@ def test_embed_refusals(tiny: dict[torch.dtype, tuple[ModelConfig, Backbone]]) -
         backbone.embed([Tokens([vocab])])
     with pytest.raises(errors.InvalidArgument, match=r"expected Audio\(bins=...\), got pcm"):
         backbone.embed([Audio(pcm=torch.zeros(800))])
-    with pytest.raises(errors.InvalidType, match="expected Tokens, Audio, Image or Block, got int"):
+    with pytest.raises(
+        errors.InvalidType, match="expected Tokens, Audio, Image, OwnAudio or Block, got int"
+    ):
         backbone.embed([3])  # type: ignore[list-item]
     empty = backbone.embed([])
     assert empty.num_tokens == 0 and empty.blocks == ()

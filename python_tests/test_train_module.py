@@ -354,7 +354,9 @@ def test_a_transcript_is_cut_already() -> None:
         Transcript([Audio(pcm=torch.zeros(800))], *none)
     with pytest.raises(errors.InvalidArgument, match=r"expected Image\(patches=...\), got rgb"):
         Transcript([Image(rgb=torch.zeros(4, 4, 3, dtype=torch.uint8))], *none)
-    with pytest.raises(errors.InvalidType, match="expected Tokens, Audio, Image or Block, got int"):
+    with pytest.raises(
+        errors.InvalidType, match="expected Tokens, Audio, Image, OwnAudio or Block, got int"
+    ):
         Transcript([3], *none)  # type: ignore[list-item]
     with pytest.raises(errors.InvalidArgument, match=r"targets: expected torch.int64 \[1\]"):
         Transcript([Tokens([1])], *none)
