@@ -39,6 +39,14 @@ name = "two"
 run.num_steps = 1
 """
 
+MORE = """
+[[dataset]]
+name = "more"
+tasks = ["sum"]
+num = 1
+
+"""
+
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_names_data_that_can_be_made_and_stages_that_can_run(
@@ -47,7 +55,7 @@ def test_a_recipe_names_data_that_can_be_made_and_stages_that_can_run(
     recipe = read_recipe(name)
     made = {f"data/{one.name}" for one in recipe.datasets}
     file = tmp_path / "recipe.toml"
-    file.write_text(recipe.stages)
+    file.write_text(recipe.text)
     stages = read_stages(file)
     assert [stage.name for stage in stages] == ["listen", "interact"]
     for stage in stages:
@@ -62,14 +70,15 @@ def test_a_recipe_names_data_that_can_be_made_and_stages_that_can_run(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("seed = 4", "sed = 4"), r"dataset\[0\]: expected keys .*'sed'"),
-        (('"few"\ntasks', '"a few"\ntasks'), r"dataset\[0\].name: expected a word, got 'a few'"),
-        (("num = 3", 'num = 3\nsplit = "test"'), r"dataset\[0\].split: .*'test'"),
-        (('"echo"', '"sing"'), r"dataset\[0\].tasks: expected some of .*'sing'"),
-        (("num = 3", ""), r"dataset\[0\]: expected one of hours and num"),
-        (("num = 3", "num = 3\nhours = 1.0"), r"dataset\[0\]: expected one of hours and num"),
+        (("seed = 4", "sed = 4"), r"dataset\[0\]: unknown key 'sed'"),
+        (("seed = 4", 'seed = "x"'), r"dataset\[0\].seed: expected an integer, got 'x'"),
+        (('"few"\ntasks', '"a few"\ntasks'), r"dataset.name: expected a word, got 'a few'"),
+        (("num = 3", 'num = 3\nsplit = "test"'), r"dataset few: split: .*'test'"),
+        (('"echo"', '"sing"'), r"dataset few: tasks: expected a list of .*'sing'"),
+        (("num = 3", ""), r"dataset few: expected one of hours and num"),
+        (("num = 3", "num = -3"), r"dataset few: expected one of hours and num"),
+        (("num = 3", "num = 3\nhours = 1.0"), r"dataset few: expected one of hours and num"),
         (("[[dataset]]", "[dataset]"), r"datasets must be written as \[\[dataset\]\]"),
-        (("[model]", "[modul]"), r"expected the datasets before \[model\]"),
         (("[data]", "[data"), r"recipe: tiny is not TOML"),
     ],
 )
@@ -118,9 +127,11 @@ def test_from_data_to_weights_and_on_where_it_stopped(
     assert not (made / "optimizer.safetensors").exists()
 
     # Nothing is made again, and a recipe that was edited is what counts.
-    (out / "recipe.toml").write_text((out / "recipe.toml").read_text().replace('"two"', '"three"'))
+    edited = TINY.replace('"two"', '"three"').replace("[model]", MORE + "[model]")
+    (out / "recipe.toml").write_text(edited)
     again = cli_make.run_make("tiny", out, 1.0, 1, tmp_path / "speech", console)
     assert again == made and (out / "run" / "three" / "checkpoints").is_dir()
+    assert (out / "data" / "more" / "dataset.json").is_file()
 
 
 def test_what_cannot_be_made_or_exported_is_refused(tmp_path: Path) -> None:

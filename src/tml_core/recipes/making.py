@@ -14,7 +14,7 @@ from tml_core.data import build
 from tml_core.errors import CheckpointError, InvalidArgument
 from tml_core.model.config import ModelConfig, bundled_path
 from tml_core.model.weights import load_weights, save_weights
-from tml_core.recipes.recipe import Dataset, Recipe
+from tml_core.recipes.recipe import Dataset, Recipe, parse_recipe
 
 __all__ = ["export_model", "make"]
 
@@ -46,23 +46,25 @@ def make(
         raise InvalidArgument(f"scale: expected more than 0, got {scale}")
     root = Path(folder)
     start = _write_start(recipe.name, root / "start")
+    file = root / "recipe.toml"
+    if file.exists():
+        recipe = parse_recipe(recipe.name, file.read_text("utf-8"))
+    else:
+        file.write_text(recipe.text, "utf-8")
     for dataset in recipe.datasets:
         build(
             root / "data" / dataset.name,
             start,
             seed=dataset.seed,
-            split=dataset.split,
-            num=None if dataset.num is None else max(1, round(dataset.num * scale)),
-            hours=None if dataset.hours is None else dataset.hours * scale,
-            tasks=dataset.tasks,
+            split="train" if dataset.split == "train" else "held_out",
+            num=max(1, round(dataset.num * scale)) if dataset.num else None,
+            hours=dataset.hours * scale if dataset.hours else None,
+            tasks=tuple(dataset.tasks) or None,
             workers=workers,
             cache=cache,
             progress=partial(progress, dataset),
         )
-    stages = root / "recipe.toml"
-    if not stages.exists():
-        stages.write_text(recipe.stages, "utf-8")
-    return export_model(train(stages), root / recipe.name)
+    return export_model(train(file), root / recipe.name)
 
 
 def export_model(checkpoint: str | Path, folder: str | Path) -> Path:

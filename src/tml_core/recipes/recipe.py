@@ -3,37 +3,50 @@
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Final
 
 from tml_core.data import SPLITS, TASKS
-from tml_core.data.bank import Split
 from tml_core.errors import InvalidArgument
+from tml_core.train.config import Paths, read_table
 
-__all__ = ["Dataset", "Recipe", "read_recipe", "recipe_names"]
-
-_KEYS: Final = frozenset({"name", "tasks", "split", "seed", "hours", "num"})
+__all__ = ["Dataset", "Recipe", "parse_recipe", "read_recipe", "recipe_names"]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset. ``hours`` or ``num``: how much of it; the other is None."""
+    """One dataset, as `tml_core.data.build` makes it in ``data/NAME``. ``tasks``: none stands for
+    all. One of ``hours`` and ``num`` (interactions) says how much of it."""
 
     name: str
-    split: Split
-    seed: int
-    tasks: tuple[str, ...] | None
-    hours: float | None
-    num: int | None
+    split: str = "train"
+    seed: int = 0
+    tasks: Paths = ()
+    hours: float = 0.0
+    num: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise InvalidArgument(f"dataset.name: expected a word, got {self.name!r}")
+        where = f"dataset {self.name}"
+        if self.split not in SPLITS:
+            raise InvalidArgument(
+                f"{where}: split: expected one of {list(SPLITS)}, got {self.split!r}"
+            )
+        if not set(self.tasks) <= set(TASKS):
+            raise InvalidArgument(
+                f"{where}: tasks: expected a list of {list(TASKS)}, got {self.tasks!r}"
+            )
+        if min(self.hours, self.num) != 0 or max(self.hours, self.num) <= 0:
+            raise InvalidArgument(f"{where}: expected one of hours and num, above 0")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """``name``: of the bundled model. ``datasets``: in order. ``stages``: the rest of the file, as
-    `tml_core.train.stages.read_stages` reads it."""
+    """``name``: of the bundled model. ``datasets``: in order. ``text``: the whole file, of which
+    `tml_core.train.stages.read_stages` reads the stages."""
 
     name: str
     datasets: tuple[Dataset, ...]
-    stages: str
+    text: str
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -58,35 +71,9 @@ def parse_recipe(name: str, text: str) -> Recipe:
     tables = raw.get("dataset")
     if not isinstance(tables, list) or not tables:
         raise InvalidArgument("recipe: datasets must be written as [[dataset]], once for each")
-    datasets = tuple(_dataset(index, table) for index, table in enumerate(tables))
+    datasets = tuple(
+        read_table(Dataset, f"dataset[{index}]", table) for index, table in enumerate(tables)
+    )
     if len({one.name for one in datasets}) != len(datasets):
         raise InvalidArgument("recipe: expected datasets of different names")
-    # The trainer refuses tables it does not know, so the datasets stay behind.
-    _, mark, stages = text.partition("[model]")
-    if not mark or "[[dataset]]" in stages:
-        raise InvalidArgument("recipe: expected the datasets before [model]")
-    return Recipe(name, datasets, mark + stages)
-
-
-def _dataset(index: int, raw: dict[str, Any]) -> Dataset:
-    where = f"dataset[{index}]"
-    if unknown := raw.keys() - _KEYS:
-        raise InvalidArgument(f"{where}: expected keys {sorted(_KEYS)}, got {sorted(unknown)}")
-    name, tasks = raw.get("name"), raw.get("tasks")
-    if not isinstance(name, str) or not name.isidentifier():
-        raise InvalidArgument(f"{where}.name: expected a word, got {name!r}")
-    split = raw.get("split", "train")
-    if split not in SPLITS:
-        raise InvalidArgument(f"{where}.split: expected one of {list(SPLITS)}, got {split!r}")
-    if tasks is not None and not set(tasks) <= set(TASKS):
-        raise InvalidArgument(f"{where}.tasks: expected some of {list(TASKS)}, got {tasks!r}")
-    if ("hours" in raw) == ("num" in raw):
-        raise InvalidArgument(f"{where}: expected one of hours and num")
-    return Dataset(
-        name,
-        split,
-        raw.get("seed", 0),
-        None if tasks is None else tuple(tasks),
-        raw.get("hours"),
-        raw.get("num"),
-    )
+    return Recipe(name, datasets, text)

@@ -230,7 +230,7 @@ class TrainConfig:
             if name not in TABLES:
                 raise InvalidArgument(f"config: expected tables {sorted(TABLES)}, got {name!r}")
         config = cls(
-            **{name: _read(kind, name, raw.get(name, {})) for name, kind in TABLES.items()}
+            **{name: read_table(kind, name, raw.get(name, {})) for name, kind in TABLES.items()}
         )
         return config if base is None else config._resolved(base)
 
@@ -280,7 +280,9 @@ def default_of(key: str) -> Any:
     return None if default is MISSING else default
 
 
-def _read(kind: type, table: str, raw: object) -> Any:
+def read_table(kind: type, table: str, raw: object) -> Any:
+    """A dataclass from a parsed table. Raises InvalidArgument naming an unknown, missing or wrong
+    key."""
     if not isinstance(raw, dict):
         raise InvalidArgument(f"config: {table} must be a table, got {type(raw).__name__}")
     known = {one.name: one for one in fields(kind)}

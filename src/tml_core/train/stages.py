@@ -43,8 +43,10 @@ class Stage:
 
 
 def read_stages(path: str | Path) -> tuple[Stage, ...]:
-    """The stages of a file in order. Raises InvalidArgument naming what is wrong with which."""
+    """The stages of a file in order; its datasets are `tml_core.recipes`' to make. Raises
+    InvalidArgument naming what is wrong with which stage."""
     raw = read_toml(path)
+    raw.pop("dataset", None)
     base = Path(path).parent
     tables = raw.pop("stage", None)
     if tables is None:
