@@ -124,6 +124,17 @@ def test_missing_engines_name_the_command(monkeypatch: pytest.MonkeyPatch) -> No
         SpeechBank(["nobody"])
 
 
+def test_an_engine_that_is_not_there_is_left_out_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing() -> Fake:
+        raise errors.MissingExtra("flite: install it")
+
+    monkeypatch.setattr(bank_module, "ENGINES", {"espeak": Fake, "flite": missing})
+    with SpeechBank() as bank:
+        assert bank.engines == ("espeak",) and bank.left_out == ("flite: install it",)
+
+
 def test_voices_of_the_splits_share_nothing() -> None:
     train, held_out = (set(voices(split)) for split in SPLITS)
     assert len(train) == 203 and len(held_out) == 7 and not train & held_out

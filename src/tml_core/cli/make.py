@@ -14,6 +14,7 @@ from rich.progress import (
 )
 
 from tml_core.cli.train import run_train
+from tml_core.data import SpeechBank
 from tml_core.recipes import Dataset, make, read_recipe
 
 __all__ = ["run_make"]
@@ -27,6 +28,10 @@ def run_make(
     Raises what `tml_core.recipes.make` raises.
     """
     recipe = read_recipe(name)
+    with SpeechBank(cache=cache) as bank:
+        console.print(f"voices of {', '.join(bank.engines)}")
+        for reason in bank.left_out:
+            console.print(f"left out: {reason}", soft_wrap=True)
     bar = Progress(
         TextColumn("data"),
         TextColumn("{task.description}"),

@@ -77,6 +77,8 @@ class SpeechBank:
     folder several processes may share; None keeps nothing. Each process needs a bank of its own:
     one that was forked would read its parent's answers.
 
+    ``left_out``: why the others are not there, with the command that installs each.
+
     Raises MissingExtra for a named engine that is not installed, or when there is none at all.
     """
 
@@ -100,6 +102,7 @@ class SpeechBank:
                 if engines is not None:
                     self.close()
                     raise
+        self.left_out = tuple(reasons)
         if not self._engines:
             raise MissingExtra(f"engines: expected at least one; {'; '.join(reasons)}")
 
