@@ -107,7 +107,7 @@ def test_info_shows_build_model_and_memory(
 ) -> None:
     assert call("info", monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
-    for fact in ("contract 1", "not built", "untrained", "33.9M parameters", "a minute"):
+    for fact in ("contract 1", "not built", "untrained", "12.8M parameters", "a minute"):
         assert fact in out
     assert call("info", "--model", "nowhere", monkeypatch=monkeypatch) == 2
     assert "model: expected 'nano' or a checkpoint directory" in capsys.readouterr().err

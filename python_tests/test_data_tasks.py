@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tml_core.data import SPLITS, TASKS, Interaction, Script, SpeechBank, interactions, tick_at
+from tml_core.data import (
+    SPLITS,
+    TASKS,
+    Interaction,
+    Script,
+    SpeechBank,
+    interactions,
+    tick_at,
+    vocabulary,
+)
 from tml_core.data.figure import WALK_S
 from tml_core.data.script import REACTION_TICKS, Spoken, perform
 from tml_core.data.sheet import draw_sheet
@@ -213,3 +222,11 @@ def test_a_sheet_is_drawn(bank: SpeechBank, tmp_path: Path) -> None:
         with Image.open(tmp_path / f"{task}.png") as sheet:
             width, height = sheet.size
         assert width == 1600 and height >= 240 * -(-one.script.num_ticks // 100)
+
+
+def test_nano_has_a_token_for_nearly_every_word() -> None:
+    tokenizer = load_tokenizer(bundled_path("nano"))
+    assert tokenizer is not None
+    words = vocabulary()
+    several = [word for word in words if len(tokenizer.encode(f" {word}").ids) > 1]
+    assert len(words) > 1000 and len(several) < 0.05 * len(words)

@@ -15,7 +15,7 @@ from tml_core.data.engines import Speech, Voice
 from tml_core.data.figure import Rep, Scene
 from tml_core.data.script import Expected, Phrasings, Script, Spoken, tick_at
 from tml_core.data.stream import Interaction, interaction, interactions, render_script
-from tml_core.data.tasks import TASKS
+from tml_core.data.tasks import TASKS, vocabulary
 
 __all__ = [
     "SPLITS",
@@ -38,5 +38,6 @@ __all__ = [
     "interactions",
     "render_script",
     "tick_at",
+    "vocabulary",
     "voices",
 ]
