@@ -6,7 +6,9 @@ Shape suffixes: A blocks, D hidden size, F frames, M mel channels, K = F * M.
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.random import Philox
 from torch import Tensor
 
 from tml_core.errors import InvalidArgument
@@ -21,7 +23,7 @@ from tml_core.model.flow import (
 from tml_core.ops.flow_noise import flow_noise, flow_uniform
 from tml_core.ops.philox import FLOW_TRAIN_STREAM
 
-__all__ = ["flow_loss"]
+__all__ = ["flow_loss", "flow_seed"]
 
 # Nearer to the end of a line no Euler step begins, and a small error would be a large velocity.
 _LEAST_LEFT: Final = 0.1
@@ -73,3 +75,10 @@ def flow_loss(
     # Of the velocities (end - between) / left and (target - between) / left.
     left_A1 = (1.0 - time_A1).clamp(min=_LEAST_LEFT)
     return ((end_AK - target_AK) / left_A1).square().mean(dim=1)
+
+
+def flow_seed(seed: int, step: int, batch: int) -> int:
+    """A seed for `flow_loss` that is a function of a run's seed and a place in it, 64 bits."""
+    # The 1 keeps it apart from what else is drawn for that place.
+    place = np.array([0, 0, 1, batch], np.uint64)
+    return int(Philox(key=np.array([seed, step], np.uint64), counter=place).random_raw())

@@ -1,6 +1,6 @@
 """What a position's loss weighs, and losses by stream.
 
-Legend: T positions, S streams.
+Legend: T positions, S streams, A blocks of own sound.
 """
 
 import math
@@ -11,9 +11,16 @@ from torch import Tensor
 
 from tml_core.layout.state import Stream
 from tml_core.ops.linear_logp import IGNORED_TARGET
+from tml_core.train.module import ModelOutput
 from tml_core.train.packing import PackedBatch
 
-__all__ = ["StreamLosses", "position_weights", "stream_weights", "total_weight"]
+__all__ = [
+    "StreamLosses",
+    "position_losses",
+    "position_weights",
+    "stream_weights",
+    "total_weight",
+]
 
 
 def stream_weights(by_stream: Mapping[Stream, float]) -> Tensor:
@@ -22,9 +29,19 @@ def stream_weights(by_stream: Mapping[Stream, float]) -> Tensor:
 
 
 def position_weights(batch: PackedBatch, weights_S: Tensor) -> Tensor:
-    """float32 [T], 0 where there is no target."""
+    """float32 [T], 0 where neither a token nor a block of sound is to be learned."""
     weight_T = weights_S[batch.streams.long()]
-    return torch.where(batch.targets == IGNORED_TARGET, 0.0, weight_T)
+    return torch.where(_has_loss(batch), weight_T, 0.0)
+
+
+def position_losses(batch: PackedBatch, out: ModelOutput) -> Tensor:
+    """float32 [T]: nats of the target, or the flow's loss of the block of sound that is to follow,
+    where ``out`` has them; 0 where nothing is to be learned. Differentiable."""
+    loss_T = -out.logprobs
+    if out.flow_losses is None or not batch.num_blocks:
+        return loss_T
+    is_learned_A = _is_sound(batch)[batch.own_after]
+    return loss_T.index_copy(0, batch.own_after[is_learned_A], out.flow_losses[is_learned_A])
 
 
 def total_weight(weights: Iterable[Tensor]) -> float:
@@ -33,19 +50,20 @@ def total_weight(weights: Iterable[Tensor]) -> float:
 
 
 class StreamLosses:
-    """Losses in nats, collected batch by batch."""
+    """Losses of `position_losses`, collected batch by batch."""
 
     def __init__(self) -> None:
         self._weighted: list[float] = []
         self._by_stream: dict[Stream, list[float]] = {}
 
-    def add(self, batch: PackedBatch, logprobs_T: Tensor, weight_T: Tensor, total: float) -> None:
+    def add(self, batch: PackedBatch, loss_T: Tensor, weight_T: Tensor, total: float) -> None:
         """``total``: of the weights of all batches that will be added."""
-        loss_T = -logprobs_T.detach()
+        loss_T = loss_T.detach()
         self._weighted += (loss_T.double() * weight_T.double() / total).tolist()
-        is_target = batch.targets != IGNORED_TARGET
+        # Sound that weighs nothing was not looked at.
+        has_loss_T = _has_loss(batch) & ((weight_T > 0) | (batch.streams != int(Stream.AUDIO)))
         for stream in Stream:
-            values = loss_T[is_target & (batch.streams == int(stream))]
+            values = loss_T[has_loss_T & (batch.streams == int(stream))]
             if len(values):
                 self._by_stream.setdefault(stream, []).extend(values.tolist())
 
@@ -59,3 +77,15 @@ class StreamLosses:
             stream.name.lower(): math.fsum(values) / len(values)
             for stream, values in sorted(self._by_stream.items())
         }
+
+
+def _is_sound(batch: PackedBatch) -> Tensor:
+    """bool [T]: whether a block of sound follows that is to be learned."""
+    is_before_block_T = torch.zeros_like(batch.targets, dtype=torch.bool)
+    is_before_block_T[batch.own_after] = True
+    return is_before_block_T & (batch.streams == int(Stream.AUDIO))
+
+
+def _has_loss(batch: PackedBatch) -> Tensor:
+    """bool [T]: whether a token or a block of sound is to be learned."""
+    return (batch.targets != IGNORED_TARGET) | _is_sound(batch)

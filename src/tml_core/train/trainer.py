@@ -23,7 +23,14 @@ from tml_core.ops.router import load_balance_counts, update_router_bias
 from tml_core.train.checkpoint import CheckpointFolder
 from tml_core.train.config import TrainConfig, default_of
 from tml_core.train.feed import Draw, Feed, Place, TranscriptSource, open_feed
-from tml_core.train.loss import StreamLosses, position_weights, stream_weights, total_weight
+from tml_core.train.flow_loss import flow_seed
+from tml_core.train.loss import (
+    StreamLosses,
+    position_losses,
+    position_weights,
+    stream_weights,
+    total_weight,
+)
 from tml_core.train.metrics import HeldOut, MetricsFile, StepMetrics
 from tml_core.train.module import ModelOutput, TrainableModel
 from tml_core.train.optimizer import Optimizer, clip_gradients
@@ -35,6 +42,7 @@ __all__ = ["Trainer", "TrainingStopped", "finished"]
 
 _SMOOTHING: Final = 0.95  # of the loss that divergence is judged by
 _SETTLING: Final = 10  # steps before it is judged
+_HELD_OUT_SEED: Final = 2**64 - 1  # of the noise that held-out sound is judged with, in every run
 
 # A resumed run must have been told the same of everything that decides the bits.
 _FREE: Final = frozenset(
@@ -110,6 +118,14 @@ class Trainer:
             ModelConfig.from_path(self._directory), is_trained=True, init_seed=None
         )
         self._weights_S = stream_weights(config.loss.by_stream()).to(self._device)
+        interaction = self.model_config.interaction
+        has_head = interaction is not None and interaction.audio_out is not None
+        self._learns_sound = has_head and config.loss.audio > 0
+        if self._learns_sound and source.compile:
+            raise Unsupported(
+                "model.compile: expected false where own sound is learned, whose noise cannot be "
+                "traced; loss.audio = 0 leaves the head as it is"
+            )
         self._feed = open_feed(config.data, self._directory, self.model_config, data)
         self._held_out = self._open_held_out()
         self._folder = Path(config.run.folder)
@@ -239,14 +255,16 @@ class Trainer:
         return metrics
 
     def evaluate(self) -> HeldOut:
-        """The loss on ``eval.path``. Raises InvalidArgument if the run has none."""
+        """The loss on ``eval.path``, of sound with the same noise every time. Raises
+        InvalidArgument if the run has none."""
         if self._held_out is None:
             raise InvalidArgument("eval.path: expected data to evaluate on, got none")
         losses, weights = StreamLosses(), []
         with torch.no_grad():
-            for batch in self._held_out_batches(self._held_out):
+            for index, batch in enumerate(self._held_out_batches(self._held_out)):
                 weights.append(position_weights(batch, self._weights_S))
-                losses.add(batch, self._run_model(batch).logprobs, weights[-1], 1.0)
+                out = self._run(batch, _HELD_OUT_SEED, 0, index)
+                losses.add(batch, position_losses(batch, out), weights[-1], 1.0)
         return HeldOut(losses.mean() / total_weight(weights), losses.means())
 
     def save(self) -> Path:
@@ -324,10 +342,11 @@ class Trainer:
                 "see the streams of the transcripts and the weights in [loss]"
             )
         sums = _Sums()
-        for batch, weight_T in zip(batches, weights, strict=True):
-            out = self._run_model(batch)
-            out.logprobs.backward(weight_T / -total)
-            sums.losses.add(batch, out.logprobs, weight_T, total)
+        for index, (batch, weight_T) in enumerate(zip(batches, weights, strict=True)):
+            out = self._run(batch, self.config.data.seed, self.step, index)
+            loss_T = position_losses(batch, out)
+            loss_T.backward(weight_T / total)
+            sums.losses.add(batch, loss_T, weight_T, total)
             counts = [
                 load_balance_counts(ids, self.model_config.text.num_experts)
                 for ids in out.expert_ids
@@ -336,6 +355,12 @@ class Trainer:
             sums.expert_counts = [a + b for a, b in zip(before, counts, strict=True)]
             sums.num_tokens += batch.num_tokens
         return sums
+
+    def _run(self, batch: PackedBatch, seed: int, step: int, index: int) -> ModelOutput:
+        """One pass, for which the noise of own sound is a function of the last three."""
+        if not self._learns_sound:
+            return self._run_model(batch)
+        return self.model.run(batch, flow_seed=flow_seed(seed, step, index))
 
     def _balance(self, counts: list[Tensor], rate: float) -> float | None:
         """Move the choice biases; the most visits of an expert over the mean, None without any."""
