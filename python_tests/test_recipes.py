@@ -107,6 +107,11 @@ def test_from_data_to_weights_and_on_where_it_stopped(
         patch.setattr(cli_make, "run_train", interrupt)
         with pytest.raises(Interrupted):
             cli_make.run_make("tiny", out, 1.0, 1, tmp_path / "speech", console)
+    with monkeypatch.context() as patch:
+        patch.setattr(cli_make, "run_train", lambda *_: out / "start")
+        with pytest.raises(errors.CheckpointError, match="make: stopped before its end, at"):
+            cli_make.run_make("tiny", out, 1.0, 1, tmp_path / "speech", console)
+    assert not (out / "tiny").exists()
     shard = out / "data" / "few" / "shard-00000.safetensors"
     before = shard.stat().st_mtime_ns
 

@@ -15,6 +15,8 @@ from tml_core.errors import CheckpointError, InvalidArgument
 from tml_core.model.config import ModelConfig, bundled_path
 from tml_core.model.weights import load_weights, save_weights
 from tml_core.recipes.recipe import Dataset, Recipe, parse_recipe
+from tml_core.train.stages import read_stages
+from tml_core.train.trainer import finished
 
 __all__ = ["export_model", "make"]
 
@@ -64,7 +66,10 @@ def make(
             cache=cache,
             progress=partial(progress, dataset),
         )
-    return export_model(train(file), root / recipe.name)
+    checkpoint = train(file)
+    if finished(read_stages(file)[-1].config) is None:
+        raise CheckpointError(f"make: stopped before its end, at {checkpoint}; run it to go on")
+    return export_model(checkpoint, root / recipe.name)
 
 
 def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
