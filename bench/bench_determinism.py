@@ -47,7 +47,7 @@ from tml_core.train.optimizer import Optimizer, clip_gradients
 LENGTH = 1024
 OPS = {"kernels": KERNELS, "eager": EAGER}
 FREED = {
-    "free_a": ("linear", "linear_logp", "sconv_norm"),
+    "free_a": ("linear", "linear_nll", "sconv_norm"),
     "free_b": ("moe", "session_attn", "attn_prologue", "router"),
 }
 NUM_IN = 12
@@ -105,10 +105,12 @@ class Step:
         self.optimizer = Optimizer(named, OptimizerConfig())
 
     def forward_backward(self, batch: PackedBatch) -> Tensor:
+        weights = torch.full((batch.num_tokens,), 1 / batch.num_tokens)
         with torch.enable_grad():
-            logprobs = self.model(batch)
-            logprobs.backward(torch.full_like(logprobs, -1 / len(logprobs)))
-        return logprobs.detach()
+            out = self.model.run(batch, weights=weights)
+            assert out.loss is not None
+            out.loss.backward()
+        return out.logprobs
 
     def __call__(self, batch: PackedBatch) -> None:
         self.forward_backward(batch)

@@ -145,6 +145,13 @@ def linear_logp(
     return -functional.cross_entropy(logits, targets, reduction="none"), None
 
 
+def linear_nll(
+    h: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    logprobs, _ = linear_logp(h, weight, targets, vocab_size, with_entropy=False)
+    return -(logprobs * weights).sum(), logprobs.detach()
+
+
 def embed(ids: Tensor, table: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(functional.embedding(ids, table), weight, eps)
 
@@ -165,4 +172,5 @@ EAGER = OpSet(
     router=router,
     moe=moe,
     linear_logp=linear_logp,
+    linear_nll=linear_nll,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_checkpoints import make_hf_model, save_hf
 from test_train_module import distance, transcript
+from tml_core.errors import InvalidArgument
 from tml_core.model.config import ModelConfig
 from tml_core.model.weights import load_weights
 from tml_core.ops.router import load_balance_counts
@@ -117,8 +118,25 @@ def test_every_op_of_a_set_is_called(directory: Path) -> None:
     names = {field.name for field in dataclasses.fields(KERNELS)}
     ops = type(KERNELS)(**{name: spied(name) for name in names})  # type: ignore[arg-type]
     model = model_of(directory, torch.bfloat16, ops=ops)
-    model(batch_of(model))
+    batch = batch_of(model)
+    model(batch)
+    model.run(batch, weights=torch.ones(batch.num_tokens))
     assert called == names
+
+
+def test_a_loss_of_known_weights_has_the_gradients_of_its_logprobs(directory: Path) -> None:
+    one, other = (model_of(directory, torch.bfloat16) for _ in range(2))
+    batch = batch_of(one)
+    weights = torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(1))
+    out, plain = one.run(batch, weights=weights), other.run(batch)
+    assert out.loss is not None and torch.equal(out.logprobs, plain.logprobs)
+    out.loss.backward()
+    plain.logprobs.backward(-weights)
+    grads = dict(other.named_parameters())
+    for name, parameter in one.named_parameters():
+        assert parameter.grad is not None and torch.equal(parameter.grad, grads[name].grad), name
+    with pytest.raises(InvalidArgument, match="weights: expected none where the entropy"):
+        one.run(batch, weights=weights, with_entropy=True)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -5,7 +5,12 @@ import torch
 
 from tml_core import _ext, errors
 from tml_core.ops.linear import pack_weight
-from tml_core.ops.linear_logp import IGNORED_TARGET, linear_logp, linear_logp_reference
+from tml_core.ops.linear_logp import (
+    IGNORED_TARGET,
+    linear_logp,
+    linear_logp_reference,
+    linear_nll,
+)
 from tml_core.ops.lm_head import lm_head_logprobs
 
 NAN = float("nan")
@@ -192,3 +197,88 @@ def test_linear_logp_refusals() -> None:
         linear_logp(h, weight, targets + 5, 5)
     with pytest.raises(errors.InvalidArgument, match="targets must be in"):
         linear_logp(h, weight, targets - 1)
+
+
+def weights_of(case: Case) -> torch.Tensor:
+    return case.d_logprobs.abs()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("t", "h", "v", "vocab_size"),
+    [(1, 1, 1, 1), (19, 75, 130, 129), (1200, 64, 600, 523), (0, 16, 20, 20)],
+)
+def test_linear_nll_has_the_bits_of_linear_logp(
+    dtype: torch.dtype, t: int, h: int, v: int, vocab_size: int
+) -> None:
+    case = Case(t, h, v, vocab_size, dtype)
+    weights = weights_of(case)
+    case.d_logprobs = -weights
+    logprobs, _, dh, dw = case.run()
+    own_h, own_w = case.h.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    loss, found = linear_nll(own_h, own_w, case.targets, weights, vocab_size)
+    loss.backward()
+    assert torch.equal(found, logprobs) and not found.requires_grad
+    assert own_h.grad is not None and own_w.grad is not None
+    assert torch.equal(own_h.grad, dh) and torch.equal(own_w.grad, dw)
+    exact = -(logprobs.double() * weights.double()).sum()
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-7)
+    with torch.no_grad():
+        same, alone = linear_nll(case.h, case.weight, case.targets, weights, vocab_size)
+    assert torch.equal(same, loss) and torch.equal(alone, logprobs)
+
+
+@BOTH
+def test_linear_nll_keeps_no_more_logits_than_it_has_room_for(dtype: torch.dtype) -> None:
+    """65,000 entries: 256 tokens at a time, and chains of dw as long."""
+    case = Case(300, 8, 65000, 65000, dtype)
+    weights = weights_of(case)
+    h, weight = case.h.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    linear_nll(h, weight, case.targets, weights)[0].backward()
+    case.d_logprobs = -weights
+    _, _, dh, dw = case.expected()
+    bound = 1e-4 if dtype == torch.float32 else 2**-7
+    assert h.grad is not None and weight.grad is not None
+    assert relative_error(h.grad, dh) < bound and relative_error(weight.grad, dw) < bound
+    later = 256 + case.targets[256:].ne(IGNORED_TARGET).nonzero()[0, 0]
+    alone = case.h[later : later + 1].clone().requires_grad_()
+    targets = case.targets[later : later + 1]
+    linear_nll(alone, case.weight, targets, weights[later : later + 1])[0].backward()
+    assert torch.equal(alone.grad[0], h.grad[later])
+
+
+def test_linear_nll_scales_with_what_comes_after() -> None:
+    case = Case(19, 32, 70, 66, torch.float32)
+    weights = weights_of(case)
+    grads = []
+    for scale in (1.0, 4.0):
+        h = case.h.clone().requires_grad_()
+        (scale * linear_nll(h, case.weight, case.targets, weights, 66)[0]).backward()
+        grads.append(h.grad)
+    assert torch.equal(grads[1], 4 * grads[0])
+
+
+@BOTH
+def test_linear_nll_passes_opcheck_and_compiles(dtype: torch.dtype) -> None:
+    case = Case(19, 32, 70, 66, dtype)
+    weights = weights_of(case)
+    h, weight = case.h.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    args = (h, weight, case.targets, weights, 66)
+    torch.library.opcheck(torch.ops.tml.linear_nll.default, args)
+    expected, _ = linear_nll(*args)
+    compiled = torch.compile(linear_nll, fullgraph=True, backend="aot_eager")
+    loss, _ = compiled(*args)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    assert h.grad is not None and h.grad.abs().sum() > 0
+
+
+def test_linear_nll_refusals() -> None:
+    h, weight, targets = torch.zeros(3, 8), torch.zeros(20, 8), torch.zeros(3, dtype=torch.int64)
+    weights = torch.ones(3)
+    with pytest.raises(errors.InvalidArgument, match=r"linear_nll: weights must be float32 \[3\]"):
+        linear_nll(h, weight, targets, weights[:2])
+    with pytest.raises(errors.InvalidArgument, match="linear_nll: weights must not require"):
+        linear_nll(h, weight, targets, weights.requires_grad_())
+    with pytest.raises(errors.InvalidArgument, match=r"linear_nll: targets must be int64 \[3\]"):
+        linear_nll(h, weight, targets[:2], weights)

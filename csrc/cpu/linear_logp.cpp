@@ -1,5 +1,5 @@
-// linear_logp: lm_head_logprobs' walk over the vocabulary, keeping what the backward needs. A
-// thread owns a range of vocabulary blocks; the folds over the blocks of a row are sequential.
+// linear_logp: lm_head_logprobs' walk over the vocabulary, with the entropy if asked for. A thread
+// owns a range of vocabulary blocks; the folds over the blocks of a row are sequential.
 #include "ops/linear_logp.h"
 
 #include "cpu/arena.h"
@@ -8,33 +8,6 @@
 
 namespace tml::cpu::TML_ISA_NS {
 namespace {
-
-// sum of exp(l - m) (l - m) over one block, by block_sum's tree.
-TML_INLINE float block_moment(const float* logits, float m) {
-  constexpr int kVecs = kVocabBlock / 16;
-  Vec e[kVecs];
-  for (int v = 0; v < kVecs; ++v) {
-    const Vec x = sub(load(logits + v * 16), set1(m));
-    e[v] = mul(exp(x), max(x, set1(-100.0f)));  // absent: 0 * -100, not 0 * -inf
-  }
-  for (int half = kVecs / 2; half > 0; half /= 2)
-    for (int v = 0; v < half; ++v) e[v] = add(e[v], e[v + half]);
-  return hsum(e[0]);
-}
-
-TML_INLINE float entropy_of(const BlockSum* blocks, const float* moments, std::int64_t num_blocks) {
-  float m = blocks[0].max, s = blocks[0].sum, u = moments[0];
-  for (std::int64_t b = 1; b < num_blocks; ++b) {
-    const float next = blocks[b].max > m ? blocks[b].max : m;
-    const float from = m - next, to = blocks[b].max - next;
-    const float weight_m = exp1(from), weight_b = exp1(to);
-    u = __builtin_fmaf(__builtin_fmaf(blocks[b].sum, to, moments[b]), weight_b,
-                       __builtin_fmaf(s, from, u) * weight_m);
-    s = __builtin_fmaf(blocks[b].sum, weight_b, s * weight_m);
-    m = next;
-  }
-  return s == s ? log1(s) - u / s : s;
-}
 
 template <class T>
 void linear_logp_typed(const LinearLogpParams& p) {
@@ -65,13 +38,8 @@ void linear_logp_typed(const LinearLogpParams& p) {
     const Range rows = split(num_rows, thread, num_threads);
     for (std::int64_t row = rows.begin; row < rows.end; ++row) {
       const BlockSum* blocks = sums + row * num_blocks;
-      const bool is_ignored = p.targets[row] == kIgnoredTarget;
-      const float lse = log_sum_exp(blocks, num_blocks);
-      p.lse[row] = is_ignored ? 0.0f : lse;
-      p.logprobs[row] = is_ignored ? 0.0f : p.logprobs[row] - lse;
-      if (has_entropy)
-        p.entropy[row] =
-            is_ignored ? 0.0f : entropy_of(blocks, moments + row * num_blocks, num_blocks);
+      p.logprobs[row] -= log_sum_exp(blocks, num_blocks);
+      if (has_entropy) p.entropy[row] = entropy_of(blocks, moments + row * num_blocks, num_blocks);
     }
   });
 }

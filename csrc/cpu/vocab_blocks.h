@@ -1,5 +1,6 @@
 // The logits of token rows, one vocabulary block at a time, and the log-sum-exp over the blocks
-// (contract: ops/lm_head.h). Shared by log-probabilities and sampling, so that both have one bit.
+// (contract: ops/lm_head.h). Shared by log-probabilities, their gradients and sampling, so that all
+// have one bit.
 #pragma once
 
 #include "core/memory.h"
@@ -42,6 +43,34 @@ TML_INLINE float log_sum_exp(const BlockSum* blocks, std::int64_t num_blocks) {
     m = next;
   }
   return s == s ? m + log1(s) : s;  // log1 is defined for numbers only
+}
+
+// sum of exp(l - m) (l - m) over one block, by block_sum's tree.
+TML_INLINE float block_moment(const float* logits, float m) {
+  constexpr int kVecs = kVocabBlock / 16;
+  Vec e[kVecs];
+  for (int v = 0; v < kVecs; ++v) {
+    const Vec x = sub(load(logits + v * 16), set1(m));
+    e[v] = mul(exp(x), max(x, set1(-100.0f)));  // absent: 0 * -100, not 0 * -inf
+  }
+  for (int half = kVecs / 2; half > 0; half /= 2)
+    for (int v = 0; v < half; ++v) e[v] = add(e[v], e[v + half]);
+  return hsum(e[0]);
+}
+
+// In nats, of a whole row.
+TML_INLINE float entropy_of(const BlockSum* blocks, const float* moments, std::int64_t num_blocks) {
+  float m = blocks[0].max, s = blocks[0].sum, u = moments[0];
+  for (std::int64_t b = 1; b < num_blocks; ++b) {
+    const float next = blocks[b].max > m ? blocks[b].max : m;
+    const float from = m - next, to = blocks[b].max - next;
+    const float weight_m = exp1(from), weight_b = exp1(to);
+    u = __builtin_fmaf(__builtin_fmaf(blocks[b].sum, to, moments[b]), weight_b,
+                       __builtin_fmaf(s, from, u) * weight_m);
+    s = __builtin_fmaf(blocks[b].sum, weight_b, s * weight_m);
+    m = next;
+  }
+  return s == s ? log1(s) - u / s : s;
 }
 
 // The packed rows of one call and where its blocks lie.

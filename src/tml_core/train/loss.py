@@ -16,6 +16,7 @@ from tml_core.train.packing import PackedBatch
 
 __all__ = [
     "StreamLosses",
+    "batch_loss",
     "position_losses",
     "position_weights",
     "stream_weights",
@@ -36,12 +37,23 @@ def position_weights(batch: PackedBatch, weights_S: Tensor) -> Tensor:
 
 def position_losses(batch: PackedBatch, out: ModelOutput) -> Tensor:
     """float32 [T]: nats of the target, or the flow's loss of the block of sound that is to follow,
-    where ``out`` has them; 0 where nothing is to be learned. Differentiable."""
+    where ``out`` has them; 0 where nothing is to be learned."""
     loss_T = -out.logprobs
     if out.flow_losses is None or not batch.num_blocks:
         return loss_T
     is_learned_A = _is_sound(batch)[batch.own_after]
     return loss_T.index_copy(0, batch.own_after[is_learned_A], out.flow_losses[is_learned_A])
+
+
+def batch_loss(batch: PackedBatch, out: ModelOutput, weight_T: Tensor) -> Tensor:
+    """The sum of ``weight_T`` * `position_losses`, to differentiate; ``out`` was given the same
+    weights."""
+    assert out.loss is not None
+    if out.flow_losses is None or not batch.num_blocks:
+        return out.loss
+    is_learned_A = _is_sound(batch)[batch.own_after]
+    weight_A = weight_T[batch.own_after[is_learned_A]]
+    return out.loss + (weight_A * out.flow_losses[is_learned_A]).sum()
 
 
 def total_weight(weights: Iterable[Tensor]) -> float:

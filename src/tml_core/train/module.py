@@ -33,13 +33,15 @@ class ModelOutput(NamedTuple):
     ``logprobs``: of the targets, float32 [T], 0 where there is none. ``entropy``: of each
     prediction in nats, float32 [T], if asked for. ``expert_ids``: int32 [T, top_k] for each layer
     of `TrainableModel.sparse_layers`. ``flow_losses``: of the blocks of own sound, float32 [A], if
-    asked for.
+    asked for. ``loss``: minus the weighted sum of ``logprobs``, float32 [], if weights were given;
+    then it alone is differentiable, not the log-probabilities.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
     expert_ids: tuple[Tensor, ...]
     flow_losses: Tensor | None = None
+    loss: Tensor | None = None
 
 
 class TrainableModel(nn.Module):
@@ -127,23 +129,33 @@ class TrainableModel(nn.Module):
         return out.logprobs if out.entropy is None else (out.logprobs, out.entropy)
 
     def run(
-        self, batch: PackedBatch, *, with_entropy: bool = False, flow_seed: int | None = None
+        self,
+        batch: PackedBatch,
+        *,
+        with_entropy: bool = False,
+        weights: Tensor | None = None,
+        flow_seed: int | None = None,
     ) -> ModelOutput:
         """The forward pass with the experts it chose, which load balancing counts.
 
+        ``weights``: float32 [T], of each target in ``loss``, which costs less to differentiate than
+        the log-probabilities. Not together with ``with_entropy``.
         ``flow_seed``: of the noise and times of `flow_loss` for each block of own sound in the
         batch; another for every batch of every step. Without it these losses are left out.
         """
+        if with_entropy and weights is not None:
+            raise InvalidArgument("weights: expected none where the entropy is asked for")
         h_TD, expert_ids = self._decode(batch)
-        logprobs_T, entropy_T = self._ops.linear_logp(
-            h_TD,
-            self._get("lm_head.weight"),
-            batch.targets,
-            self.config.text.unpadded_vocab_size,
-            with_entropy,
-        )
+        head, vocab_size = self._get("lm_head.weight"), self.config.text.unpadded_vocab_size
+        loss = entropy_T = None
+        if weights is None:
+            logprobs_T, entropy_T = self._ops.linear_logp(
+                h_TD, head, batch.targets, vocab_size, with_entropy
+            )
+        else:
+            loss, logprobs_T = self._ops.linear_nll(h_TD, head, batch.targets, weights, vocab_size)
         flow_losses_A = None if flow_seed is None else self._flow_losses(h_TD, batch, flow_seed)
-        return ModelOutput(logprobs_T, entropy_T, expert_ids, flow_losses_A)
+        return ModelOutput(logprobs_T, entropy_T, expert_ids, flow_losses_A, loss)
 
     def _flow_losses(self, h_TD: Tensor, batch: PackedBatch, seed: int) -> Tensor:
         interaction = self.config.interaction

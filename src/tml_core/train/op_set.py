@@ -14,7 +14,12 @@ from tml_core.ops.attn_prologue_packed import attn_prologue_packed, attn_prologu
 from tml_core.ops.embed import dmel_embed, dmel_embed_reference, embed, embed_reference
 from tml_core.ops.hmlp import HmlpWeights, hmlp, hmlp_reference
 from tml_core.ops.linear import linear, linear_reference
-from tml_core.ops.linear_logp import linear_logp, linear_logp_reference
+from tml_core.ops.linear_logp import (
+    linear_logp,
+    linear_logp_reference,
+    linear_nll,
+    linear_nll_reference,
+)
 from tml_core.ops.moe import moe, moe_reference
 from tml_core.ops.rms_norm import rms_norm, rms_norm_reference
 from tml_core.ops.router import router, router_reference
@@ -44,6 +49,7 @@ class OpSet:
     router: Op
     moe: Op
     linear_logp: Op
+    linear_nll: Op
 
 
 def _hmlp_reference(patches: Tensor, weights: HmlpWeights) -> Tensor:
@@ -88,6 +94,7 @@ KERNELS = OpSet(
     router=router,
     moe=moe,
     linear_logp=_linear_logp,
+    linear_nll=linear_nll,
 )
 REFERENCES = OpSet(
     embed=embed_reference,
@@ -101,4 +108,5 @@ REFERENCES = OpSet(
     router=router_reference,
     moe=moe_reference,
     linear_logp=_linear_logp_reference,
+    linear_nll=linear_nll_reference,
 )

@@ -26,6 +26,7 @@ from tml_core.train.feed import Draw, Feed, Place, TranscriptSource, open_feed
 from tml_core.train.flow_loss import flow_seed
 from tml_core.train.loss import (
     StreamLosses,
+    batch_loss,
     position_losses,
     position_weights,
     stream_weights,
@@ -161,7 +162,7 @@ class Trainer:
         if checkpoint is not None:
             self._optimizer.load_state(checkpoint.optimizer_state())
         self._metrics.cut(self.step)
-        self._run_model: Callable[[PackedBatch], ModelOutput] = self.model.run
+        self._run_model: Callable[..., ModelOutput] = self.model.run
         if source.compile:
             # Without emulation Inductor folds pairs of casts, and with them roundings.
             self._run_model = torch.compile(
@@ -343,10 +344,10 @@ class Trainer:
             )
         sums = _Sums()
         for index, (batch, weight_T) in enumerate(zip(batches, weights, strict=True)):
-            out = self._run(batch, self.config.data.seed, self.step, index)
-            loss_T = position_losses(batch, out)
-            loss_T.backward(weight_T / total)
-            sums.losses.add(batch, loss_T, weight_T, total)
+            share_T = weight_T / total
+            out = self._run(batch, self.config.data.seed, self.step, index, share_T)
+            batch_loss(batch, out, share_T).backward()
+            sums.losses.add(batch, position_losses(batch, out), weight_T, total)
             counts = [
                 load_balance_counts(ids, self.model_config.text.num_experts)
                 for ids in out.expert_ids
@@ -356,11 +357,13 @@ class Trainer:
             sums.num_tokens += batch.num_tokens
         return sums
 
-    def _run(self, batch: PackedBatch, seed: int, step: int, index: int) -> ModelOutput:
-        """One pass, for which the noise of own sound is a function of the last three."""
+    def _run(
+        self, batch: PackedBatch, seed: int, step: int, index: int, weights: Tensor | None = None
+    ) -> ModelOutput:
+        """One pass, for which the noise of own sound is a function of seed, step and index."""
         if not self._learns_sound:
-            return self._run_model(batch)
-        return self.model.run(batch, flow_seed=flow_seed(seed, step, index))
+            return self._run_model(batch, weights=weights)
+        return self.model.run(batch, weights=weights, flow_seed=flow_seed(seed, step, index))
 
     def _balance(self, counts: list[Tensor], rate: float) -> float | None:
         """Move the choice biases; the most visits of an expert over the mean, None without any."""
