@@ -23,7 +23,7 @@ from tml_core.layout import (
     TurnDone,
 )
 from tml_core.layout.select import layout_for
-from tml_core.layout.sound import spelled
+from tml_core.layout.sound import WrittenHalf, spelled
 from tml_core.media import GriffinLim, OwnAudio, Tokens, clips, mel_frames, read_audio
 from tml_core.model.audio_out_config import AudioOutConfig
 from tml_core.model.config import ModelConfig
@@ -256,7 +256,7 @@ def test_sound_where_none_belongs_is_refused(config, layout, mel_FM):
     with pytest.raises(InvalidArgument, match="got 65 in phase 'say'"):
         output.accept(65, 0.0)
     assert output.token_ids == [SAY]
-    mute = layout_for(config, load_tokenizer(BYTE_MODEL))
+    mute = MicroTurnLayout(config, load_tokenizer(BYTE_MODEL), speaks=False)
     quiet = mute.begin_output(MicroTurnState(), 0)
     assert _allowed(quiet) == {SILENT, CALL}
     with pytest.raises(InvalidArgument, match=f"got {SAY} in phase 'start'"):
@@ -265,6 +265,34 @@ def test_sound_where_none_belongs_is_refused(config, layout, mel_FM):
         _ = quiet.before_M
     with pytest.raises(Unsupported, match="mel: this model has no audio-out head"):
         mute.encode_sound(mel_FM)
+
+
+def test_a_layout_of_sessions_makes_its_sound_heard(config, mel_FM):
+    layout = layout_for(config, load_tokenizer(BYTE_MODEL))
+    heard = []
+    for _ in range(2):  # halves that are open at the same time do not share a vocoder
+        first, second = (layout.begin_output(layout.initial_state()) for _ in range(2))
+        second.accept(SAY, 0.0)
+        (chunk,) = _say(first, mel_FM)
+        heard.append(chunk.pcm)
+    assert np.array_equal(heard[0], heard[1])
+    assert np.array_equal(heard[0], GriffinLim().push(mel_FM[:16]))
+    own = GriffinLim(num_iterations=1)
+    (chunk,) = _say(layout.begin_output(layout.initial_state(), 0, own), mel_FM)
+    assert not np.array_equal(chunk.pcm, heard[0])
+
+
+def test_an_answer_of_a_chat_has_no_sound():
+    half = WrittenHalf()
+    half.token_ids = [5, 6]
+    (tokens,) = half.segments()
+    assert tokens.ids.tolist() == [5, 6]
+    assert not half.wants_sound
+    assert not half.has_unfed_sound
+    with pytest.raises(Unsupported, match="before_M: this layout has no sound"):
+        _ = half.before_M
+    with pytest.raises(Unsupported, match="mel: this layout has no sound"):
+        half.accept_sound(torch.zeros(4, 80))
 
 
 def test_spelling_joins_blocks_that_follow_each_other(mel_FM):

@@ -105,8 +105,12 @@ def on_cuda(
     """Bring the weights, which are consumed, to the device, and make room for sequences.
 
     Raises OutOfDeviceMemory with what would fit, before anything is brought there if that can be
-    known, and Unsupported for shapes the kernels do not have.
+    known, and Unsupported for shapes the kernels do not have and for models that speak.
     """
+    if config.interaction is not None and config.interaction.audio_out is not None:
+        raise Unsupported(
+            "device: models with an audio-out head run on the CPU alone; use device='cpu'"
+        )
     require_shapes(config.text)
     plan = device_plan(config, limits, _free_bytes(device))
     if not plan.fits:

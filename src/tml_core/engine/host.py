@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Self, get_args
 
 import numpy as np
+import torch
 
 from tml_core.engine.admission import Admission
 from tml_core.engine.engine import EngineLoop
@@ -23,6 +24,7 @@ from tml_core.layout.micro_turn import MicroTurnLayout
 from tml_core.layout.text import bitmask
 from tml_core.layout.tool_call import tool_schemas
 from tml_core.media.micro_turns import TICK_SAMPLES
+from tml_core.media.vocoder import GriffinLim
 from tml_core.sequence.values import Retention
 
 __all__ = [
@@ -142,6 +144,11 @@ def _warm_up(model: Model, layout: AnyLayout) -> None:
         anything = bitmask(np.ones(model.vocab_size, np.bool_))
         request = SampleRequest(SamplingParams(), 0, sequence.tip, anything)
         model.backbone.sample(h_TD[-1:], sample_rows([request]))
+        head = model.backbone.flow
+        if head is not None:
+            silence_1M = torch.full((1, head.config.num_mel_bins), head.config.mel.min_log10)
+            mel_1FM = head.draw(h_TD[-1:], silence_1M, [0], [sequence.tip])
+            GriffinLim(head.config.mel).push(mel_1FM[0])
 
 
 def _running_loop(model: Model) -> EngineLoop | None:

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from tml_core.engine.parts import Parts, state_after_input
 from tml_core.engine.runner import StepInput
-from tml_core.engine.sampler import SampleRequest
+from tml_core.engine.sampler import SampleRequest, SoundRequest
 from tml_core.engine.seat import Part, Seat
 from tml_core.engine.token_feed import FedToken, TokenFeed
 from tml_core.engine.turn import Ending, Turn
 from tml_core.errors import InvalidArgument, TmlError
 from tml_core.layout.events import Event, Notice, TextToken
+from tml_core.layout.sound import SOUND
 from tml_core.layout.state import LayoutState, OutputHalf, TokenRun
 from tml_core.media.micro_turns import TICK_MS
-from tml_core.media.segments import Block, Segment, Tokens
+from tml_core.media.segments import Block, Segment
 from tml_core.sequence.sequence import Mark
 
 __all__ = ["Costs", "Job"]
@@ -125,7 +126,12 @@ class Job:
     @property
     def is_decoding(self) -> bool:
         """Whether it brings just the one token that was drawn last."""
-        return self._phase == _Phase.SAMPLING and not self._segments and not self._is_behind
+        return (
+            self._phase == _Phase.SAMPLING
+            and not self._segments
+            and not self._is_behind
+            and not self._open_output().has_unfed_sound
+        )
 
     def feed_one(self) -> FedToken:
         """The token drawn last, and where it goes; it counts as given to the model. The feed
@@ -149,14 +155,14 @@ class Job:
         self.seat.sequence.rewind(self._after_input)
         self._is_behind = True
 
-    def bring_tokens(self) -> None:
+    def bring_drawn(self) -> None:
         """Bring what was drawn and is not in the sequence as `segments`."""
         if self._phase != _Phase.SAMPLING or self._segments:
             return
         self.feed.flush()
         output = self._open_output()
-        unfed = output.take_unfed()
-        self._segments = (Tokens(output.token_ids if self._is_behind else unfed),)
+        unfed = output.take_unfed_segments()
+        self._segments = tuple(output.segments() if self._is_behind else unfed)
         self._is_behind = False
 
     @property
@@ -207,7 +213,7 @@ class Job:
         return whole.piece(start, whole.cut(start, start + num_tokens))
 
     def end_token(self, batch_size: int) -> bool:
-        """The token of `feed_one` is in. True if another is wanted."""
+        """The token of `feed_one` is in. True if more is to be drawn."""
         self._is_fed = False
         clock = self.turn.clock
         if batch_size > clock.max_batch:
@@ -217,7 +223,7 @@ class Job:
         return self._obey_cancels() and self._phase == _Phase.SAMPLING
 
     def end_step(self, h_TD: Tensor, costs: Costs, batch_size: int) -> bool:
-        """The step is done; ``h_TD`` [T, D] are its hidden states. True if a token is wanted."""
+        """The step is done; ``h_TD`` [T, D] are its hidden states. True if more is to be drawn."""
         clock = self.turn.clock
         clock.max_batch = max(clock.max_batch, batch_size)
         self._num_fed += h_TD.shape[0]
@@ -235,7 +241,7 @@ class Job:
 
     @property
     def hidden(self) -> Tensor:
-        """The last hidden state [D], from which the wanted token is sampled."""
+        """The last hidden state [D], from which the wanted token or block is drawn."""
         assert self._h_D is not None  # end_step has set it
         return self._h_D
 
@@ -245,10 +251,31 @@ class Job:
         seat, allowed = self.seat, self._open_output().allowed()
         return SampleRequest(seat.sampling, seat.sequence.seed, self.feed.next_position, allowed)
 
+    @property
+    def wants_sound(self) -> bool:
+        """Whether a block of sound is to be drawn, and not a token."""
+        return self._open_output().wants_sound
+
+    @property
+    def sound_request(self) -> SoundRequest:
+        """How the wanted block is drawn."""
+        before_M, seed = self._open_output().before_M, self.seat.sequence.seed
+        return SoundRequest(before_M, seed, self.feed.next_position)
+
     def accept(self, token_id: int, logprob: float, costs: Costs, batch_size: int) -> None:
         """Take a sampled token; the turn may end with it."""
         output = self._open_output()
-        events = output.accept(token_id, logprob)
+        self._go_on(output, output.accept(token_id, logprob), costs, batch_size)
+
+    def accept_sound(self, mel_FM: Tensor, costs: Costs, batch_size: int) -> None:
+        """Take a block that was drawn, log10 frames float32 [F, M]."""
+        output = self._open_output()
+        self._go_on(output, output.accept_sound(mel_FM), costs, batch_size)
+
+    def _go_on(
+        self, output: OutputHalf, events: list[Event], costs: Costs, batch_size: int
+    ) -> None:
+        """Tell of the token or block that was accepted last, unless there is no time for more."""
         clock = self.turn.clock
         self._count_tokens(1)
         is_shrinking = self.seat.degrade == "shrink_output" and not output.is_done
@@ -497,7 +524,7 @@ class Job:
         output = None if self._output is None else self._events
         records = [] if state is None else self.parts.records(endings, output)
         kept: Mark | None = None
-        if state is not None and any(isinstance(one, TextToken) for one in self._events):
+        if state is not None and self._has_said_something():
             kept = self._after_input
         if not self.parts.end(parts, endings, state, records, kept):
             return  # a cancel came first; the next step begins with it
@@ -512,6 +539,12 @@ class Job:
                 mark.release()
 
     # Small parts.
+
+    def _has_said_something(self) -> bool:
+        """Whether there is output the user may not have heard."""
+        if any(isinstance(one, TextToken) for one in self._events):
+            return True
+        return self._output is not None and SOUND in self._output.token_ids
 
     def _rewind(self, mark: Mark) -> None:
         self.feed.flush()

@@ -18,6 +18,7 @@ from tml_core.layout.events import (
     TurnDone,
     TurnEnd,
 )
+from tml_core.layout.sound import BLOCKS_PER_TICK, SOUND
 from tml_core.layout.state import EncodedInput, LayoutState
 from tml_core.media.audio_file import SAMPLE_RATE
 from tml_core.media.micro_turns import TICK_MS
@@ -80,7 +81,7 @@ class Parts:
                 part,
                 num_ticks=len(self.items),
             )
-        half.close_now("degraded" if part.answer else "input")
+        part.tail = half.close_now("degraded" if part.answer else "input")[:-1]
         part.silent = half
         return half.state
 
@@ -122,7 +123,9 @@ class Parts:
         if part.turn.cancelled is not None:
             return [replace(self.cancelled_done(part), token_ids=token_ids)]
         done = TurnDone(**self.tags(part.tick), reason=reason, token_ids=token_ids)
-        return [done] if part is self.items[-1] else [*part.notices, done]
+        # Of a sound that ended before; who answers the last one tells its notices.
+        events: list[Event] = [*part.tail, done]
+        return events if part is self.items[-1] else [*part.notices, *events]
 
     def records(
         self, endings: SequenceOf[Ending], output: SequenceOf[Event] | None
@@ -214,7 +217,14 @@ def _record(part: Part, events: SequenceOf[Event], last_events: SequenceOf[Event
         text_in="" if chunk is None or chunk.text is None else chunk.text,
         num_items=num_items,
         text_out="".join(one.text for one in said if one.channel == "text"),
+        sound_ms=_sound_ms(done),
         is_silent=any(isinstance(one, Silence) for one in events),
         calls=tuple((one.name, one.call_id, one.raw) for one in calls),
         reason=done.reason if isinstance(done, TurnDone) else "input",
     )
+
+
+def _sound_ms(done: Event | None) -> int:
+    """How much of a tick its own sound fills: all or nothing."""
+    is_whole = isinstance(done, TurnDone) and done.token_ids.count(SOUND) == BLOCKS_PER_TICK
+    return TICK_MS if is_whole else 0

@@ -16,7 +16,14 @@ from torch import Tensor
 from tml_core.errors import InvalidArgument, InvalidType
 from tml_core.ops.lm_head import SampleRows
 
-__all__ = ["RowBuffers", "SampleRequest", "SamplingParams", "sample_rows", "signed"]
+__all__ = [
+    "RowBuffers",
+    "SampleRequest",
+    "SamplingParams",
+    "SoundRequest",
+    "sample_rows",
+    "signed",
+]
 
 _MIN_TEMPERATURE: Final = 1e-6
 
@@ -60,6 +67,15 @@ class SampleRequest(NamedTuple):
     seed: int
     position: int
     allowed: Tensor
+
+
+class SoundRequest(NamedTuple):
+    """One block of sound to draw: the frame said before it, log10 float32 [M]; ``position`` is the
+    block's."""
+
+    before_M: Tensor
+    seed: int
+    position: int
 
 
 class RowBuffers:

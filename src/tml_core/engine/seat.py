@@ -19,7 +19,7 @@ from tml_core.engine.sampler import SamplingParams
 from tml_core.engine.turn import Turn
 from tml_core.errors import Conflict, SessionBusy, SessionClosed, TmlError
 from tml_core.layout.chunk import Chunk, ToolResult
-from tml_core.layout.events import Notice
+from tml_core.layout.events import Event, Notice
 from tml_core.layout.state import EncodedInput, Layout, LayoutState, OutputHalf
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.sequence.sequence import Mark, Sequence
@@ -55,7 +55,8 @@ class TickRecord:
     """One turn in words, for people and log files.
 
     ``audio_ms``: sound that came, ``audio_rms``: its level, 0 to 1 (None without sound).
-    ``calls``: (name, call_id, raw) of the tool calls closed. ``reason``: how the output ended.
+    ``sound_ms``: sound the model made. ``calls``: (name, call_id, raw) of the tool calls closed.
+    ``reason``: how the output ended.
     """
 
     tick: int
@@ -69,6 +70,7 @@ class TickRecord:
     is_silent: bool
     calls: tuple[tuple[str, str, str], ...]
     reason: str
+    sound_ms: int = 0
 
 
 @dataclass(eq=False)
@@ -79,8 +81,9 @@ class Part:
     With ``answer`` False the model is not asked. ``encoded``: the input half in tick ``tick``; None
     until its turn comes if others are ahead of it. ``taken``: tool results that waited, and go back
     to the session if the turn is undone; ``known``: those of them that went in with it, the others
-    were dropped. ``silent``: its output half, closed without the model. ``is_replay``: it was put
-    in before, and nobody reads its turn. ``audio_rms``: level of its sound, None without.
+    were dropped. ``silent``: its output half, closed without the model, and ``tail`` what is still
+    heard in it. ``is_replay``: it was put in before, and nobody reads its turn. ``audio_rms``:
+    level of its sound, None without.
     """
 
     turn: Turn
@@ -92,6 +95,7 @@ class Part:
     taken: tuple[ToolResult, ...] = ()
     known: tuple[ToolResult, ...] = ()
     silent: OutputHalf | None = None
+    tail: list[Event] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
     is_replay: bool = False
     audio_rms: float | None = None
@@ -295,7 +299,9 @@ class Seat:
         while self.transcript and self.transcript[-1].tick >= first.tick:
             undone = self.transcript.pop()
         if undone is not None:
-            record = replace(undone, text_out="", is_silent=False, calls=(), reason="cancelled")
+            record = replace(
+                undone, text_out="", sound_ms=0, is_silent=False, calls=(), reason="cancelled"
+            )
             self.transcript.append(record)
         begin = self.layout.begin_output
         return [

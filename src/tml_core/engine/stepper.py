@@ -1,8 +1,8 @@
 """One ragged step of the turns that have work: compose it, run it, draw from it, recover from it.
 
-A step takes every turn that has work: some bring the input half of a tick, others the one token
-drawn last; then all rows that need a token are sampled together. What fails for one turn ends that
-turn alone.
+A step takes every turn that has work: some bring the input half of a tick or a block of the sound
+they make, others the one token drawn last; then all rows that need a token are sampled together,
+and all that go on speaking get their blocks together. What fails for one turn ends that turn alone.
 """
 
 import contextlib
@@ -25,10 +25,11 @@ from tml_core.engine.scheduler import compose
 from tml_core.engine.seat import Seat
 from tml_core.engine.stats import EngineCounters
 from tml_core.engine.token_feed import MAX_AHEAD, FedToken
-from tml_core.errors import PoolExhausted
+from tml_core.errors import PoolExhausted, TmlError
 from tml_core.layout.state import TokenRun
 from tml_core.media.segments import Block, Image, Segment
 from tml_core.model.backbone import Backbone
+from tml_core.model.flow import FlowHead
 from tml_core.model.kv_store import KvStore
 from tml_core.model.step_batch import StepBatch
 from tml_core.model.token_loop import TokenLoop
@@ -54,6 +55,9 @@ class Progress(NamedTuple):
 
 
 class _Backbone(Protocol):
+    @property
+    def flow(self) -> FlowHead | None: ...
+
     def embed_ids(self, ids_T: Tensor, *, out_TD: Tensor | None = None) -> Tensor: ...
 
     def step(
@@ -84,7 +88,8 @@ class StepModel(Protocol):
 
     @property
     def backbone(self) -> _Backbone:
-        """Samples one token a row: ids int64 [B], log-probabilities fp32 [B]."""
+        """Samples one token a row: ids int64 [B], log-probabilities fp32 [B]; its ``flow`` draws
+        blocks of sound, None where it has no such head."""
 
     @property
     def runner(self) -> _Runner:
@@ -329,11 +334,11 @@ class Stepper:
             if h_BD is not None and kept:
                 parts.append(h_BD)
             h_BD = parts[0] if len(parts) == 1 else torch.cat(parts)
-            self._draw(wanting, h_BD, costs, num_rows)
+            self._draw_all(wanting, h_BD, costs, num_rows)
         return Progress(num_tokens, num_rows)
 
     def _prepare(self, job: Job) -> bool:
-        job.bring_tokens()
+        job.bring_drawn()
         if not job.is_prepared:
             job.prepare(self._model.prepare(job.seat.sequence, job.segments))
         return True
@@ -359,6 +364,40 @@ class Stepper:
             if guarded(job, self._prepare, job):
                 found += self._append([(job, count)])
         return found
+
+    def _draw_all(self, jobs: list[Job], h_BD: Tensor, costs: CostModel, batch_size: int) -> None:
+        """Draw what each of the turns wants, a token or a block of sound."""
+        speaking = [row for row, job in enumerate(jobs) if job.wants_sound]
+        if not speaking:
+            self._draw(jobs, h_BD, costs, batch_size)
+            return
+        writing = [row for row, job in enumerate(jobs) if not job.wants_sound]
+        for rows, draw in ((speaking, self._say), (writing, self._draw)):
+            if rows:
+                draw([jobs[row] for row in rows], h_BD[rows], costs, batch_size)
+
+    def _say(self, jobs: list[Job], h_BD: Tensor, costs: CostModel, batch_size: int) -> None:
+        """Draw a block of sound for each of the turns, from its row of hidden states."""
+        try:
+            flow = self._model.backbone.flow
+            if flow is None:
+                raise TmlError("turn: it is to go on speaking, but this model has no head for it")
+            before, seeds, positions = zip(*(job.sound_request for job in jobs), strict=True)
+            begin_s = time.perf_counter()
+            mel_BFM = flow.draw(h_BD, torch.stack(before), seeds, positions)
+            self._other_kernel_s += time.perf_counter() - begin_s
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].fail(error)
+                return
+            for row, job in enumerate(jobs):
+                self._say([job], h_BD[row : row + 1], costs, batch_size)
+            return
+        for job, mel_FM in zip(jobs, mel_BFM, strict=True):
+            try:
+                job.accept_sound(mel_FM, costs, batch_size)
+            except Exception as error:
+                job.fail(error)
 
     def _draw(self, jobs: list[Job], h_BD: Tensor, costs: CostModel, batch_size: int) -> None:
         """Draw a token for each of the turns, from its row of hidden states."""

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from tml_core.errors import CheckpointError, InvalidArgument, Unsupported
 from tml_core.layout.chunk import Chunk, ToolResult, compact_json
 from tml_core.layout.events import Event, Tags, TextToken, TurnDone, TurnEnd
+from tml_core.layout.sound import WrittenHalf
 from tml_core.layout.state import AudioCarry, EncodedInput, LayoutState, Stream, TokenRun
 from tml_core.layout.text import TextCodec, bitmask
 from tml_core.layout.tool_call import call_event
@@ -86,7 +87,7 @@ class _Phase(Enum):
     DONE = "done"
 
 
-class ChatOutput:
+class ChatOutput(WrittenHalf):
     """One answer, token by token. ``max_tokens`` bounds it: then it is closed without sampling."""
 
     def __init__(self, layout: "ChatLayout", state: ChatState, epoch: int, max_tokens: int) -> None:

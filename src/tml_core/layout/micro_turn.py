@@ -239,6 +239,11 @@ class TickOutput:
         return self._phase == _Phase.SAY
 
     @property
+    def has_unfed_sound(self) -> bool:
+        """Whether what the model has not been given yet is more than tokens."""
+        return self._num_sound_fed < len(self._sound)
+
+    @property
     def has_spoken(self) -> bool:
         """Whether the tick's sound is whole and the half still open."""
         return self._phase == _Phase.SAID
@@ -348,6 +353,10 @@ class TickOutput:
         sound = self._sound[self._num_sound_fed :]
         return spelled(self.take_unfed(), sound)
 
+    def segments(self) -> list[Segment]:
+        """The half so far."""
+        return spelled(self.token_ids, self._sound)
+
     def cut(self, num_kept: int = 0) -> list[Event]:
         """Keep the first ``num_kept`` tokens and close the half after them with ``<|/out|>``."""
         kept, sound = self.token_ids[:num_kept], iter(self._sound)
@@ -439,15 +448,21 @@ class TickOutput:
 class MicroTurnLayout:
     """Layout v1 for one model; holds no session.
 
-    ``speaks=False`` takes no notice of an audio-out head. Raises `CheckpointError` if the
-    checkpoint has no ``interaction`` block or no usable tokenizer.
+    ``speaks=False`` takes no notice of an audio-out head. ``vocoder``: what its output halves turn
+    sound into PCM with, each with a copy; without one sound causes no events. Raises
+    `CheckpointError` if the checkpoint has no ``interaction`` block or no usable tokenizer.
     """
 
     name: Final = "micro-turn v1"
     knows_ticks: Final = True
 
     def __init__(
-        self, config: ModelConfig, tokenizer: Tokenizer | None, *, speaks: bool = True
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        *,
+        speaks: bool = True,
+        vocoder: Vocoder | None = None,
     ) -> None:
         if tokenizer is None:
             raise CheckpointError("tokenizer: expected tokenizer.json in the checkpoint, got none")
@@ -456,6 +471,7 @@ class MicroTurnLayout:
         self.config = config
         self.codec = TextCodec(tokenizer, config.text.unpadded_vocab_size)
         self.grammar = OutputGrammar(config, self.codec, speaks=speaks)
+        self._vocoder = vocoder
         self._budget = config.interaction.max_injected_per_tick
         self._audio = None if config.audio is None else AudioCarry(config.audio)
 
@@ -515,7 +531,10 @@ class MicroTurnLayout:
     def begin_output(
         self, state: LayoutState, epoch: int = 0, vocoder: Vocoder | None = None
     ) -> TickOutput:
-        """The output half that follows the input half that ended in ``state``."""
+        """The output half that follows the input half that ended in ``state``. ``vocoder``: used
+        instead of the layout's."""
+        if vocoder is None and self._vocoder is not None:
+            vocoder = self._vocoder.copy()
         return TickOutput(self.grammar, _checked(state), epoch, vocoder)
 
     def encode_sound(self, mel_FM: Mel) -> list[RunItem]:
@@ -558,14 +577,14 @@ class MicroTurnLayout:
         sound, ends it with ``<|/out|>``; an empty run is one silent tick. Each part has its tokens
         and their streams. Raises `InvalidArgument` for a run the grammar does not allow.
         """
-        parts = [self.begin_output(state)]
+        parts = [TickOutput(self.grammar, _checked(state))]
         ids = self.grammar.tokens
         for item in run:
             last = parts[-1]
             if last.has_spoken and not (isinstance(item, int) and item in (ids.call, ids.end_out)):
                 last.accept(ids.end_out, 0.0)
             if last.is_done:
-                parts.append(self.begin_output(last.state))
+                parts.append(TickOutput(self.grammar, last.state))
             _accept(parts[-1], item)
         last = parts[-1]
         if not last.is_done:
@@ -590,7 +609,7 @@ class MicroTurnLayout:
             segments += encoded.segments
             # What the last tick left unsent leads this input, and is labelled already.
             streams += [Stream.INPUT] * (encoded.num_tokens - len(state.unsent))
-            output = self.begin_output(encoded.state)
+            output = TickOutput(self.grammar, _checked(encoded.state))
             for item in run:
                 _accept(output, item)
             if not output.is_done:

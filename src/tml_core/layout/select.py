@@ -4,6 +4,7 @@ from tokenizers import Tokenizer
 
 from tml_core.layout.chat_template import ChatLayout
 from tml_core.layout.micro_turn import MicroTurnLayout
+from tml_core.media.vocoder import GriffinLim
 from tml_core.model.config import ModelConfig
 
 __all__ = ["layout_for"]
@@ -12,11 +13,12 @@ __all__ = ["layout_for"]
 def layout_for(config: ModelConfig, tokenizer: Tokenizer | None) -> MicroTurnLayout | ChatLayout:
     """Micro-turn layout v1 for a checkpoint with an ``interaction`` block, else the chat template.
 
-    It is that of sessions, which do not draw sound yet: in them a model with an audio-out head only
-    writes.
+    It is that of sessions: what a model with an audio-out head says becomes sound.
 
     Raises `CheckpointError` without a byte-level tokenizer that has the special tokens.
     """
     if config.interaction is None:
         return ChatLayout(config, tokenizer)
-    return MicroTurnLayout(config, tokenizer, speaks=False)
+    head = config.interaction.audio_out
+    vocoder = None if head is None else GriffinLim(head.mel)
+    return MicroTurnLayout(config, tokenizer, vocoder=vocoder)

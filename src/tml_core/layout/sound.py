@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tml_core.errors import SnapshotError
+from tml_core.errors import SnapshotError, Unsupported
+from tml_core.layout.events import Event
 from tml_core.media.mel import Mel
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import OwnAudio, Segment, Tokens
 from tml_core.media.vocoder import VocoderState
 from tml_core.model.audio_out_config import BLOCK_MS
 
-__all__ = ["BLOCKS_PER_TICK", "SOUND", "RunItem", "Voice", "spelled"]
+__all__ = ["BLOCKS_PER_TICK", "SOUND", "RunItem", "Voice", "WrittenHalf", "spelled"]
 
 BLOCKS_PER_TICK: Final = TICK_MS // BLOCK_MS
 # Stands for a block of sound among token ids.
@@ -79,6 +80,35 @@ class Voice:
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise SnapshotError(f"layout: damaged voice: {error}") from error
+
+
+class WrittenHalf:
+    """What an output half without sound answers when it is asked for sound."""
+
+    token_ids: list[int]
+    wants_sound: Final = False
+    has_unfed_sound: Final = False
+
+    @property
+    def before_M(self) -> torch.Tensor:
+        """Raises `Unsupported`."""
+        raise Unsupported("before_M: this layout has no sound")
+
+    def accept_sound(self, mel_FM: torch.Tensor) -> list[Event]:  # noqa: ARG002
+        """Raises `Unsupported`."""
+        raise Unsupported("mel: this layout has no sound")
+
+    def take_unfed(self) -> list[int]:
+        """See `OutputHalf.take_unfed`."""
+        raise NotImplementedError
+
+    def take_unfed_segments(self) -> list[Segment]:
+        """See `OutputHalf.take_unfed_segments`."""
+        return spelled(self.take_unfed(), ())
+
+    def segments(self) -> list[Segment]:
+        """See `OutputHalf.segments`."""
+        return spelled(self.token_ids, ())
 
 
 def spelled(token_ids: Sequence[int], sound: Sequence[OwnAudio]) -> list[Segment]:

@@ -165,8 +165,29 @@ class OutputHalf(Protocol):
     def accept(self, token_id: int, logprob: float) -> list[Event]:
         """Take the next sampled token; events end with `TurnDone` when the turn is over."""
 
+    @property
+    def wants_sound(self) -> bool:
+        """Whether a block of sound comes next, for `accept_sound`, and not a token."""
+
+    @property
+    def before_M(self) -> torch.Tensor:
+        """The frame said before that block, log10 float32 [M]."""
+
+    def accept_sound(self, mel_FM: torch.Tensor) -> list[Event]:
+        """Take the next block, log10 frames float32 [F, M]; events as `accept` gives them."""
+
+    @property
+    def has_unfed_sound(self) -> bool:
+        """Whether what the model has not been given yet is more than tokens."""
+
     def take_unfed(self) -> list[int]:
         """The accepted tokens the model has not been given yet; now they count as given."""
+
+    def take_unfed_segments(self) -> list[Segment]:
+        """The same with its sound, as segments."""
+
+    def segments(self) -> list[Segment]:
+        """The half so far."""
 
     def cut(self, num_kept: int = 0) -> list[Event]:
         """Keep the first ``num_kept`` tokens, drop the rest, close the half the shortest valid way;

@@ -20,6 +20,7 @@ from tml_core.model.config import ENCODER_NORM_EPS, ModelConfig
 from tml_core.model.cuda_decoder import CudaDecoder
 from tml_core.model.cuda_graphs import Capture, StepGraphs, capture_graphs
 from tml_core.model.cuda_store import CudaKvStore
+from tml_core.model.flow import FlowHead
 from tml_core.model.kv_store import KvStore
 from tml_core.model.step_batch import StepBatch
 from tml_core.ops import cuda
@@ -33,10 +34,12 @@ class CudaBackbone:
 
     ``weights``: canonical names, bf16, on the host; consumed. Raises Unsupported for shapes the
     kernels do not have, and what torch raises when the device's memory is too small. ``capture``:
-    how steps that come again are recorded, CUDA graphs on a GPU by default.
+    how steps that come again are recorded, CUDA graphs on a GPU by default. ``flow``: None, for it
+    does not speak.
     """
 
     dtype: Final = torch.bfloat16
+    flow: Final[FlowHead | None] = None
 
     def __init__(
         self,
