@@ -166,7 +166,7 @@ def take_turns(ours: Callable[[], object], theirs: Callable[[], object], rounds:
     [
         pytest.param(1024, 7, id="train_1024"),
         pytest.param(2048, 5, id="train_2048"),
-        pytest.param(4096, 3, id="train_4096"),
+        pytest.param(4096, 2, id="train_4096"),
     ],
 )
 def test_training_step(num_tokens: int, rounds: int, request: pytest.FixtureRequest) -> None:
