@@ -11,9 +11,11 @@ from rich.console import Console
 
 from byte_model import BYTE_MODEL
 from hf_checkpoints import make_hf_model, save_hf
+from speaking_kit import save_speaking
 from tml_core import cli, errors
 from tml_core.cli.align import run_align
 from tml_core.model.config import ModelConfig
+from tml_core.model.flow import FLOW_PREFIX
 from tml_core.train import align as align_module
 from tml_core.train import lives
 from tml_core.train.align import align
@@ -60,6 +62,31 @@ def test_no_bit_differs_before_and_after_training(
         "recompute after 2 steps",
     ]
     assert all(done == total for done, total in stages.values())
+
+
+def test_no_bit_of_what_is_said_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewinds, forks = spy(monkeypatch, "rewind"), spy(monkeypatch, "fork")
+    (report,) = align(save_speaking(tmp_path), num_tokens=250)
+    assert report.is_aligned
+    assert report.num_differing == report.num_differing_blocks == 0
+    assert report.num_blocks > 40
+    assert rewinds and forks
+
+
+def test_a_changed_head_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Changed(TrainableModel):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            with torch.no_grad():
+                self.get_parameter(FLOW_PREFIX + "out_proj.weight")[5] *= 1.5
+
+    monkeypatch.setattr(align_module, "TrainableModel", Changed)
+    console = Console(record=True, width=100)
+    assert not run_align(str(save_speaking(tmp_path)), 60, "bfloat16", 0, 0, console)
+    text = console.export_text()
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("bfloat16")]
+    # ..., tokens, differ, largest, blocks, differ, ...
+    assert row[5] == "0" and row[7] == row[8] and int(row[7]) > 0
 
 
 def test_one_changed_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,7 @@ def _stages(bar: Progress) -> Callable[[str, int, int], None]:
 
 def _table(reports: list[AlignReport]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0))
+    has_sound = any(one.num_blocks for one in reports)
     for header in (
         "dtype",
         "steps",
@@ -80,6 +81,7 @@ def _table(reports: list[AlignReport]) -> Table:
         "tokens",
         "differ",
         "largest",
+        *(("blocks", "differ") if has_sound else ()),
         "sampled",
         "computed",
     ):
@@ -93,6 +95,7 @@ def _table(reports: list[AlignReport]) -> Table:
             str(one.num_tokens),
             str(one.num_differing),
             f"{one.largest_difference:.3g}",
+            *((str(one.num_blocks), str(one.num_differing_blocks)) if has_sound else ()),
             f"{one.sample_s:.1f} s",
             f"{one.recompute_s:.1f} s",
         )

@@ -1,7 +1,10 @@
 """Does the trainer agree with the sampler, bit for bit? Transcripts are sampled, then recomputed.
 
 `RandomLives` samples sessions in the engine; `TrainableModel` then computes, from whole packed
-transcripts, the log-probability of every token that was drawn.
+transcripts, the log-probability of every token that was drawn, and what every block of sound was
+drawn from.
+
+Legend: N drawn tokens, A drawn blocks, D hidden size, F frames, M mel channels.
 """
 
 import math
@@ -17,7 +20,9 @@ from typing import Final
 import torch
 
 from tml_core.errors import InvalidArgument, Unsupported
+from tml_core.layout.state import Stream
 from tml_core.model.config import ModelConfig, bundled_path
+from tml_core.model.flow import FlowHead, flow_shapes
 from tml_core.model.weights import load_weights, save_weights
 from tml_core.ops.linear_logp import IGNORED_TARGET
 from tml_core.train.lives import RandomLives, SampledTranscript
@@ -40,7 +45,8 @@ class AlignReport:
 
     ``num_steps``: optimizer steps before it. ``num_positions``: of the transcripts, of which
     ``num_tokens`` were drawn and compared; ``num_differing`` have other bits, by at most
-    ``largest_difference`` (nats). ``sample_s``, ``recompute_s``: wall time of both.
+    ``largest_difference`` (nats). ``num_blocks`` of own sound were drawn, of which
+    ``num_differing_blocks`` come out otherwise. ``sample_s``, ``recompute_s``: wall time of both.
     """
 
     dtype: str
@@ -52,11 +58,13 @@ class AlignReport:
     largest_difference: float
     sample_s: float
     recompute_s: float
+    num_blocks: int = 0
+    num_differing_blocks: int = 0
 
     @property
     def is_aligned(self) -> bool:
         """Whether every bit agreed."""
-        return self.num_differing == 0
+        return self.num_differing == self.num_differing_blocks == 0
 
 
 def align(
@@ -136,6 +144,8 @@ def _compare(
         largest_difference=tally.largest_difference,
         sample_s=time.perf_counter() - start_s - tally.elapsed_s,
         recompute_s=tally.elapsed_s,
+        num_blocks=tally.num_blocks,
+        num_differing_blocks=tally.num_differing_blocks,
     )
     return report, kept
 
@@ -148,7 +158,9 @@ class _Tally:
         self._waiting: list[SampledTranscript] = []
         self._num_waiting = 0
         self.num_transcripts = self.num_positions = self.num_tokens = self.num_differing = 0
+        self.num_blocks = self.num_differing_blocks = 0
         self.largest_difference = self.elapsed_s = 0.0
+        self._head = _served_head(trainable)
 
     def add(self, one: SampledTranscript) -> None:
         if self._num_waiting + one.transcript.num_tokens > _PACKED_POSITIONS:
@@ -163,6 +175,7 @@ class _Tally:
         batch = PackedBatch.pack([one.transcript for one in self._waiting], self._trainable.config)
         # With gradients on, as in training: the forward then keeps what the backward needs.
         got_N = self._trainable(batch).detach()[batch.targets != IGNORED_TARGET]
+        self._compare_blocks(batch)
         self.elapsed_s += time.perf_counter() - start_s
         expected_N = torch.cat([one.logprobs_N for one in self._waiting])
         is_other = got_N.view(torch.int32) != expected_N.view(torch.int32)
@@ -175,6 +188,31 @@ class _Tally:
         self.num_positions += batch.num_tokens
         self.num_tokens += len(expected_N)
         self._waiting, self._num_waiting = [], 0
+
+    def _compare_blocks(self, batch: PackedBatch) -> None:
+        """Draw every block again, from the trainer's hidden states."""
+        is_own_A = batch.streams[batch.own_after] == int(Stream.AUDIO)
+        after_A = batch.own_after[is_own_A]
+        if not len(after_A) or self._head is None:
+            return
+        h_AD = self._trainable.hidden(batch).detach()[after_A]
+        index_A = torch.searchsorted(batch.cu_tokens.long(), after_A, right=True) - 1
+        positions_A = after_A + 1 - batch.cu_tokens[index_A]
+        seeds = [self._waiting[index].seed for index in index_A.tolist()]
+        got_AFM = self._head.draw(h_AD, batch.own_before[is_own_A], seeds, positions_A.tolist())
+        is_other_AFM = got_AFM.view(torch.int32) != batch.own_mel[is_own_A].view(torch.int32)
+        self.num_blocks += len(after_A)
+        self.num_differing_blocks += int(is_other_AFM.any(dim=(1, 2)).sum())
+
+
+def _served_head(trainable: TrainableModel) -> FlowHead | None:
+    """The head as it would be served."""
+    interaction = trainable.config.interaction
+    if interaction is None or interaction.audio_out is None:
+        return None
+    names = flow_shapes(interaction.audio_out, trainable.config.text.hidden_size)
+    weights = trainable.serving_weights()
+    return FlowHead(interaction.audio_out, {name: weights[name] for name in names})
 
 
 def _train(

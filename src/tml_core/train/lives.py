@@ -33,7 +33,7 @@ from tml_core.ops.linear_logp import IGNORED_TARGET
 from tml_core.sequence.store import SequenceStore
 from tml_core.session import Engine, Session, SessionMark
 from tml_core.train.packing import Transcript
-from tml_core.train.recorder import RecordingBackbone
+from tml_core.train.recorder import Drawn, RecordingBackbone
 
 __all__ = ["RandomLives", "SampledTranscript"]
 
@@ -53,17 +53,23 @@ _SAMPLING: Final = (
 
 @dataclass(frozen=True, eq=False)
 class SampledTranscript:
-    """A transcript and what the sampler said of its targets: float32 [N], in order."""
+    """A transcript and what the sampler said of its targets: float32 [N], in order. ``seed``: of
+    its draws."""
 
     transcript: Transcript
     logprobs_N: Tensor
+    seed: int
 
 
 @dataclass(frozen=True, eq=False)
 class _Tick:
     chunk: Chunk
-    token_ids: tuple[int, ...]  # drawn; the layout's own left out
-    logprobs: tuple[float, ...]
+    drawn: tuple[Drawn, ...]  # the layout's own left out
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Of the tokens."""
+        return [one.logprob for one in self.drawn if one.logprob is not None]
 
 
 @dataclass(eq=False)
@@ -80,7 +86,7 @@ class _Life:
 
     @property
     def num_drawn(self) -> int:
-        return sum(len(one.token_ids) for one in self.ticks[self.num_inherited :])
+        return sum(len(one.logprobs) for one in self.ticks[self.num_inherited :])
 
 
 class RandomLives:
@@ -148,9 +154,9 @@ class RandomLives:
             result = turn.result()
             token_ids = result.done.token_ids[: result.stats.num_output_tokens]
             drawn = self._recorder.take(life.seed)
-            if tuple(token for token, _ in drawn) != token_ids:
+            if tuple(one.token_id for one in drawn) != token_ids:
                 raise TmlError(f"align: the session has {token_ids}, the sampler drew {drawn}")
-            life.ticks.append(_Tick(chunk, token_ids, tuple(value for _, value in drawn)))
+            life.ticks.append(_Tick(chunk, tuple(drawn)))
 
     def _move(self, lives: list[_Life]) -> None:
         """Mark, rewind or fork some of them."""
@@ -170,15 +176,15 @@ class RandomLives:
                 lives.append(_Life(child, seed, life.prefix, lifetime, ticks, len(ticks)))
 
     def _transcript(self, life: _Life) -> SampledTranscript:
-        ticks = [(one.chunk, one.token_ids) for one in life.ticks]
+        ticks = [(tick.chunk, [one.item for one in tick.drawn]) for tick in life.ticks]
         segments, streams = self._layout.encode_session(ticks, life.prefix)
         transcript = Transcript.next_tokens(segments, streams)
-        num_before = sum(len(one.token_ids) for one in life.ticks[: life.num_inherited])
-        labelled = (transcript.targets != IGNORED_TARGET).nonzero()[:num_before, 0]
+        num_before = sum(len(one.drawn) for one in life.ticks[: life.num_inherited])
+        labelled = (transcript.streams != int(Stream.INPUT)).nonzero()[:num_before, 0]
         transcript.targets[labelled] = IGNORED_TARGET
         transcript.streams[labelled] = int(Stream.INPUT)
         values = [value for one in life.ticks[life.num_inherited :] for value in one.logprobs]
-        return SampledTranscript(transcript, torch.tensor(values, dtype=torch.float32))
+        return SampledTranscript(transcript, torch.tensor(values, dtype=torch.float32), life.seed)
 
     def _chunk(self) -> Chunk:
         rng, config = self._rng, self._model.config

@@ -22,6 +22,7 @@ from tml_core.errors import CheckpointError, InvalidArgument
 from tml_core.layout.chunk import Chunk
 from tml_core.layout.events import TextToken
 from tml_core.layout.micro_turn import MicroTurnLayout
+from tml_core.layout.sound import RunItem
 from tml_core.model.kv_store import KvStore
 from tml_core.model.tokenizer import load_tokenizer
 from tml_core.ops.linear_logp import IGNORED_TARGET
@@ -87,7 +88,7 @@ class GroupSampler:
         model, backbone = self._serve(len(seeds))
         params = SamplingParams(temperature=temperature)
         texts = ["" for _ in seeds]
-        ticks: list[list[tuple[Chunk, tuple[int, ...]]]] = [[] for _ in seeds]
+        ticks: list[list[tuple[Chunk, tuple[RunItem, ...]]]] = [[] for _ in seeds]
         logprobs: list[list[float]] = [[] for _ in seeds]
         with Engine(model, max_sessions=len(seeds)) as engine:
             sessions = [engine.open(seed=seed, sampling=params) for seed in seeds]
@@ -97,8 +98,8 @@ class GroupSampler:
                     events = turn.result().events
                     texts[row] += "".join(e.text for e in events if isinstance(e, TextToken))
                     drawn = backbone.take(seeds[row])
-                    ticks[row].append((chunk, tuple(token for token, _ in drawn)))
-                    logprobs[row] += [logprob for _, logprob in drawn]
+                    ticks[row].append((chunk, tuple(one.item for one in drawn)))
+                    logprobs[row] += [one.logprob for one in drawn if one.logprob is not None]
         return [
             Rollout(self._transcript(ticks[row]), texts[row], torch.tensor(logprobs[row]))
             for row in range(len(seeds))
@@ -114,7 +115,7 @@ class GroupSampler:
         store = SequenceStore(kv, fingerprint)
         return Model(config, backbone, store, tokenizer=self._tokenizer), backbone
 
-    def _transcript(self, ticks: list[tuple[Chunk, tuple[int, ...]]]) -> Transcript:
+    def _transcript(self, ticks: list[tuple[Chunk, tuple[RunItem, ...]]]) -> Transcript:
         segments, streams = self._layout.encode_session(ticks)
         return Transcript.next_tokens(segments, streams)
 
