@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tml_core import errors
 from tml_core.cli import app
+from tml_core.cli.data import show_voices
 from tml_core.data import SpeechBank, build, interactions
+from tml_core.data import bank as bank_module
 from tml_core.data.build import BuildReport
 from tml_core.layout import MicroTurnLayout
 from tml_core.model.config import ModelConfig, bundled_path
@@ -186,6 +189,17 @@ def test_folders_that_no_build_made_are_refused(tmp_path: Path) -> None:
     (tmp_path / "build.json").write_text("[")
     with pytest.raises(errors.CheckpointError, match=r"build.json is no build's"):
         make(tmp_path)
+
+
+def test_the_command_line_says_whose_voices_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> object:
+        raise errors.MissingExtra("flite: install it")
+
+    monkeypatch.setitem(bank_module.ENGINES, "flite", missing)
+    console = Console(record=True, width=200)
+    show_voices(console, None)
+    shown = console.export_text()
+    assert "voices of espeak" in shown and "left out: flite: install it" in shown
 
 
 def test_the_command_line_builds_and_goes_on(tmp_path: Path, config: ModelConfig) -> None:

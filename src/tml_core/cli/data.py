@@ -1,6 +1,7 @@
 """``tml-core data``: ``build`` makes a dataset, with a bar of how far it is; ``show`` draws one."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["app"]
+__all__ = ["app", "show_voices"]
 
 app = typer.Typer(no_args_is_help=True, help="Scripted interactions with exact labels.")
+
+
+def show_voices(console: Console, engines: Sequence[str] | None) -> None:
+    """Whose voices data will have, and why no others."""
+    from tml_core.data import SpeechBank
+
+    with SpeechBank(engines) as bank:
+        console.print(f"voices of {', '.join(bank.engines)}")
+        for reason in bank.left_out:
+            console.print(f"left out: {reason}", soft_wrap=True)
 
 
 @app.command("build")
@@ -42,6 +53,8 @@ def build_command(
     from tml_core.data.bank import as_split
 
     console = Console(highlight=False)
+    names = None if engines is None else engines.split(",")
+    show_voices(console, names)
     bar = Progress(
         TextColumn("data"),
         BarColumn(),
@@ -72,7 +85,7 @@ def build_command(
             hours=hours,
             workers=workers,
             tasks=None if tasks is None else tasks.split(","),
-            engines=None if engines is None else engines.split(","),
+            engines=names,
             cache=cache,
             progress=show,
         )

@@ -13,8 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from tml_core.cli.data import show_voices
 from tml_core.cli.train import run_train
-from tml_core.data import SpeechBank
 from tml_core.recipes import Dataset, make, read_recipe
 
 __all__ = ["run_make"]
@@ -28,10 +28,7 @@ def run_make(
     Raises what `tml_core.recipes.make` raises.
     """
     recipe = read_recipe(name)
-    with SpeechBank(cache=cache) as bank:
-        console.print(f"voices of {', '.join(bank.engines)}")
-        for reason in bank.left_out:
-            console.print(f"left out: {reason}", soft_wrap=True)
+    show_voices(console, None)
     bar = Progress(
         TextColumn("data"),
         TextColumn("{task.description}"),
