@@ -20,6 +20,7 @@ from tml_core.cli.data import show_voices
 from tml_core.data import SpeechBank, build, interactions
 from tml_core.data import bank as bank_module
 from tml_core.data.build import BuildReport
+from tml_core.data.engines import EspeakEngine
 from tml_core.layout import MicroTurnLayout
 from tml_core.model.config import ModelConfig, bundled_path
 from tml_core.model.tokenizer import load_tokenizer
@@ -195,7 +196,8 @@ def test_the_command_line_says_whose_voices_are_heard(monkeypatch: pytest.Monkey
     def missing() -> object:
         raise errors.MissingExtra("flite: install it")
 
-    monkeypatch.setitem(bank_module.ENGINES, "flite", missing)
+    engines = {"espeak": EspeakEngine, "flite": missing}
+    monkeypatch.setattr(bank_module, "ENGINES", engines)
     console = Console(record=True, width=200)
     show_voices(console, None)
     shown = console.export_text()
