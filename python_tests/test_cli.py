@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import soundfile
 from rich.console import Console, RenderableType
 
-from session_kit import CALL, END_CALL, SILENCE, WAIT_S, nano, scripted
+from session_kit import CALL, END_CALL, END_OUT, SAY, SILENCE, WAIT_S, nano, scripted
+from speaking_kit import heard, speaker
+from speaking_kit import scripted as speaking
 from tml_core import Chunk, Session, cli, media
 from tml_core.cli import live
 from tml_core.cli.timeline import TickView, Totals, footer, header, plain_line, row
@@ -58,6 +62,48 @@ def test_run_prints_a_line_a_tick_and_writes_the_transcript(
     assert [one["out"]["text"] for one in records[1:-1]] == [one.text for one in expected]
 
 
+def test_run_writes_what_was_said_on_the_clock_of_what_was_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(live, "load_model", lambda *_, **__: speaker())
+    files = {name: str(tmp_path / name) for name in ("out.wav", "out.jsonl")}
+    options = ["--max-ticks", "5", "--seed", "1", "--out", files["out.wav"]]
+    tokens = [SILENCE, SAY, END_OUT, 104, SAY, END_OUT, SILENCE, SILENCE]
+    with speaking(tokens):
+        options += ["--transcript", files["out.jsonl"]]
+        assert call("run", *options, monkeypatch=monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(r"out: ♪[▁▂▃▄▅▆▇█]{4}  ", lines[2])
+    assert re.search(r"out: h♪[▁▂▃▄▅▆▇█]{4}  ", lines[3])
+    assert re.search(r"out: silence♪[▁▂▃▄▅▆▇█]  ", lines[4])
+    records = [json.loads(line) for line in Path(files["out.jsonl"]).read_text().splitlines()]
+    assert [one["out"]["num_samples"] for one in records[1:-1]] == [0, 3200, 3200, 800, 0]
+    assert records[-1]["spoken_s"] == 0.45
+    with speaking(tokens), Session(speaker(), seed=1) as session:
+        ticks = media.micro_turns(*media.clips(), duration_s=1.0)
+        sound = [heard(session.append(one).result(WAIT_S).events) for one in ticks]
+    pcm_S, sample_rate = soundfile.read(files["out.wav"], dtype="float32")
+    assert sample_rate == 16000
+    quiet_S = np.zeros(6400, np.float32)  # before the end of the tick in which sound is begun
+    want_S = np.concatenate([quiet_S, *sound, np.zeros(2400, np.float32)])
+    assert len(pcm_S) == len(want_S)
+    np.testing.assert_allclose(pcm_S, want_S, rtol=0, atol=2**-15)
+
+
+@pytest.mark.parametrize("name", ["no/such/dir/reply.wav", "reply.nothing"])
+def test_a_reply_that_cannot_be_written_is_refused(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(live, "load_model", lambda *_, **__: speaker())
+    path = str(tmp_path / name)
+    assert call("run", "--out", path, "--max-ticks", "1", monkeypatch=monkeypatch) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tml-core: error: out: cannot write {path}: ")
+
+
 @pytest.mark.usefixtures("loaded")
 def test_realtime_feeds_at_the_pace_of_the_clock(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -87,6 +133,7 @@ def test_realtime_feeds_at_the_pace_of_the_clock(
         (["--top-p", "2"], "top_p: expected more than 0 and at most 1, got 2.0"),
         (["--seed", "-1"], "seed: expected an unsigned 64-bit integer, got -1"),
         (["--transcript", "no/such/dir"], "transcript: cannot write no/such/dir"),
+        (["--out", "reply.wav"], "out: this model has no audio-out head, it does not speak"),
     ],
 )
 def test_refusals_are_one_line_and_exit_code_2(

@@ -48,6 +48,9 @@ def run(
     transcript: Annotated[
         Path | None, typer.Option(help="Write what happened to this file, as JSON lines.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write what a model that speaks says to this sound file.")
+    ] = None,
     background: Annotated[
         str | None,
         typer.Option(help="A second model for jobs: local (a llama.cpp server) or a URL."),
@@ -79,6 +82,7 @@ def run(
             dtype=dtype,
             system=system,
             transcript=transcript,
+            out=out,
             background=background,
             background_model=background_model,
             delegate=delegate,

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.live import Live
 
 from tml_core import _ext
+from tml_core.cli.reply import ReplyFile
 from tml_core.cli.timeline import TickView, Totals, footer, header, job_line, plain_line, row
 from tml_core.engine.model import Model, load_model
 from tml_core.engine.sampler import SamplingParams
 from tml_core.errors import InvalidArgument
 from tml_core.layout.chunk import as_chunk
-from tml_core.layout.events import Notice, Silence, TextToken, ToolCall
+from tml_core.layout.events import AudioChunk, Notice, Silence, TextToken, ToolCall
 from tml_core.media.clips import clips
 from tml_core.media.micro_turns import TICK_MS, MicroTurn, micro_turns
 from tml_core.ops._common import num_threads
@@ -46,6 +47,7 @@ class RunOptions:
     dtype: str = "bfloat16"
     system: str | None = None
     transcript: Path | None = None
+    out: Path | None = None
     background: str | None = None
     background_model: str | None = None
     delegate: str | None = None
@@ -59,6 +61,10 @@ def run_live(options: RunOptions, console: Console) -> Totals:
         if options.transcript is not None:
             log = stack.enter_context(_opened(options.transcript))
         model = load_model(options.model, dtype=options.dtype, max_sequences=1)
+        reply = None
+        if options.out is not None:
+            reply = ReplyFile(options.out, model.config)
+            stack.callback(reply.close)
         runner = None
         if options.background is not None:
             from tml_core.cli.jobs import background_runner  # its packages are an extra
@@ -76,7 +82,7 @@ def run_live(options: RunOptions, console: Console) -> Totals:
                 tools=() if runner is None else runner.declarations,
             )
         )
-        view = _View(console, feed.media_ms, log)
+        view = _View(console, feed.media_ms, log, reply)
         view.open(options, model, feed.words)
         try:
             if runner is not None:
@@ -178,12 +184,19 @@ def _run(
 
 
 class _View:
-    """Rows above a footer that stays, or plain lines; and the transcript file."""
+    """Rows above a footer that stays, or plain lines; and the files of transcript and reply."""
 
-    def __init__(self, console: Console, media_ms: int | None, log: TextIO | None) -> None:
+    def __init__(
+        self,
+        console: Console,
+        media_ms: int | None,
+        log: TextIO | None,
+        reply: ReplyFile | None,
+    ) -> None:
         self.totals = Totals(media_ms)
         self._console = console
         self._log = log
+        self._reply = reply
         self._live: Live | None = None
         self.jobs: JobLines | None = None
 
@@ -211,6 +224,8 @@ class _View:
         info = session.info()
         self.totals.add(tick, info.position, info.kv_bytes, wall_s)
         self._write(type="tick", **_tick_record(tick))
+        if self._reply is not None:
+            self._reply.add(tick.index, tick.result.events)
         if self._live is None:
             self._console.print(plain_line(tick), markup=False, highlight=False, soft_wrap=True)
         else:
@@ -269,6 +284,7 @@ def _tick_record(tick: TickView) -> dict[str, Any]:
         "out": {
             "text": tick.result.text,
             "token_ids": list(tick.result.done.token_ids),
+            "num_samples": sum(len(one.pcm) for one in events if isinstance(one, AudioChunk)),
             "logprobs": [one.logprob for one in events if isinstance(one, TextToken | Silence)],
             "calls": [
                 {"name": one.name, "args": one.args, "call_id": one.call_id, "error": one.error}

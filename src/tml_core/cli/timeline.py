@@ -1,10 +1,11 @@
 """What a live session looks like: one row a tick, a footer with the totals, or plain lines.
 
 A row reads from left to right: clock, sound (one bar for each 50 ms), picture (the first frame,
-8 x 2 pixels), what the model said or did, and how much of the 200 ms it took.
+8 x 2 pixels), what the model wrote, said (bars again) or did, and how much of the 200 ms it took.
 """
 
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from tml_core.engine.turn import TurnResult
 from tml_core.layout.chunk import Chunk
-from tml_core.layout.events import Notice, Silence, TextToken, ToolCall
+from tml_core.layout.events import AudioChunk, Notice, Silence, TextToken, ToolCall
 from tml_core.media.audio_file import SAMPLE_RATE
 from tml_core.media.micro_turns import TICK_MS
 
@@ -31,6 +32,7 @@ _HOP: Final = SAMPLE_RATE // 20
 _QUIET_DB: Final = -60.0
 
 _SPOKEN, _CALLED, _QUIET, _WARNED = "bold spring_green3", "bold orchid1", "grey50", "gold3"
+_HEARD: Final = "spring_green3"
 _JOB: Final = "sky_blue2"
 _PREFILL, _DECODE, _FREE, _LATE = "dodger_blue1", "turquoise2", "grey23", "bold red1"
 
@@ -58,6 +60,7 @@ class Totals:
     num_silent: int = 0
     num_calls: int = 0
     num_tokens: int = 0
+    spoken_s: float = 0.0
     position: int = 0
     kv_bytes: int = 0
     wall_s: float = 0.0
@@ -69,6 +72,8 @@ class Totals:
         self.num_silent += any(isinstance(one, Silence) for one in events)
         self.num_calls += len(tick.result.tool_calls)
         self.num_tokens += tick.result.stats.num_output_tokens
+        chunks = [one for one in events if isinstance(one, AudioChunk)]
+        self.spoken_s += sum(len(one.pcm) / one.sample_rate for one in chunks)
         self.position, self.kv_bytes, self.wall_s = position, kv_bytes, wall_s
 
     @property
@@ -93,6 +98,7 @@ class Totals:
             "num_silent": self.num_silent,
             "num_calls": self.num_calls,
             "num_tokens": self.num_tokens,
+            "spoken_s": round(self.spoken_s, 3),
             "position": self.position,
             "kv_bytes": self.kv_bytes,
         }
@@ -153,7 +159,9 @@ def footer(totals: Totals) -> RenderableType:
     counts = Text.assemble(
         ("sum   ", "grey50"),
         f"ticks {len(totals.tick_ms)}, silent {totals.num_silent}, tokens out {totals.num_tokens}, "
-        f"calls {totals.num_calls}, positions {totals.position}, "
+        f"calls {totals.num_calls}, "
+        + (f"spoken {totals.spoken_s:.1f} s, " if totals.spoken_s else "")
+        + f"positions {totals.position}, "
         f"memory {totals.kv_bytes / 2**20:.1f} MiB",
     )
     load = Text.assemble(("load  ", "grey50"), (_spark(totals.tick_ms[-60:]), _DECODE))
@@ -201,11 +209,17 @@ def _sound(audio_S: NDArray[np.float32] | None) -> Text:
     if audio_S is None:
         return Text("none", style=_QUIET)
     bars = Text()
-    for start in range(0, len(audio_S), _HOP):
-        level = 1.0 - _level_db(audio_S[start : start + _HOP]) / _QUIET_DB
+    for bar, level in _levels(audio_S):
         color = "spring_green3" if level < 0.75 else "gold3" if level < 0.9 else "red1"
-        bars.append(_BARS[1 + round(level * (len(_BARS) - 2))], style=color)
+        bars.append(bar, style=color)
     return bars
+
+
+def _levels(audio_S: NDArray[np.float32], hop: int = _HOP) -> Iterator[tuple[str, float]]:
+    """A bar and a level from 0 to 1 for each ``hop`` samples."""
+    for start in range(0, len(audio_S), hop):
+        level = 1.0 - _level_db(audio_S[start : start + hop]) / _QUIET_DB
+        yield _BARS[1 + round(level * (len(_BARS) - 2))], level
 
 
 def _level_db(audio_S: NDArray[np.float32]) -> float:
@@ -239,6 +253,9 @@ def _said(tick: TickView) -> Text:
         elif isinstance(event, TextToken):
             style = _QUIET if event.channel == "thinking" else _SPOKEN
             said.append(_visible(event.text), style=style)
+        elif isinstance(event, AudioChunk):
+            bars = "".join(bar for bar, _ in _levels(event.pcm, event.sample_rate // 20))
+            said.append(f"♪{bars} ", style=_HEARD)
         elif isinstance(event, ToolCall):
             args = ", ".join(f"{name}={value!r}" for name, value in event.args.items())
             call = event.error or f"{event.name}({args})"
