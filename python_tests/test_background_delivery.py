@@ -29,7 +29,9 @@ def count(item: ToolResult) -> int:
     return 2 + len(compact_json("item", value).encode())
 
 
-def record(tick: int, *, rms: float | None = None, typed: str = "", said: str = "") -> TickRecord:
+def record(
+    tick: int, *, rms: float | None = None, typed: str = "", said: str = "", sound_ms: int = 0
+) -> TickRecord:
     return TickRecord(
         tick=tick,
         t_ms=200 * tick,
@@ -42,6 +44,7 @@ def record(tick: int, *, rms: float | None = None, typed: str = "", said: str = 
         is_silent=not said,
         calls=(),
         reason="end",
+        sound_ms=sound_ms,
     )
 
 
@@ -83,6 +86,7 @@ def test_the_floor_is_free_after_quiet_ms() -> None:
     assert at(loud) == FREE
     assert at([record(0, said="well"), record(1), record(2)]) == MODEL
     assert at([record(0, said="well"), record(1), record(2), record(3)]) == FREE
+    assert at([record(0, sound_ms=200), record(1), record(2)]) == MODEL
     assert at([record(0, typed="hi"), record(1)]) == USER
     assert at([record(0, typed="hi", said="well")]) == Floor(True, True)
 

@@ -15,7 +15,9 @@ from session_kit import CALL, END_OUT, SAY, SILENCE, WAIT_S, noise, paused, stan
 from speaking_kit import heard, save_speaking, scripted, speaker, talk, tick
 from tml_core import AudioChunk, Engine, Session, Silence, TextToken, TurnDone
 from tml_core.engine import stepper
-from tml_core.errors import TmlError
+from tml_core.engine.cuda_model import on_cuda
+from tml_core.engine.kv_budget import KvLimits
+from tml_core.errors import TmlError, Unsupported
 from tml_core.layout import SOUND, MicroTurnLayout
 from tml_core.media import GriffinLim
 from tml_core.model.weights import load_weights
@@ -371,3 +373,9 @@ def test_threads_that_let_their_sessions_speak_do_not_disturb_each_other():
         assert np.array_equal(found[seed][1], sound_S)
         assert found[seed][2] == end
     assert any(SOUND in one for tokens, *_ in alone.values() for one in tokens)
+
+
+def test_a_device_that_cannot_speak_refuses_a_model_that_does():
+    limits = KvLimits(1, 256, None, 64)
+    with pytest.raises(Unsupported, match="device: models with an audio-out head run on the CPU"):
+        on_cuda(speaker().config, {}, limits, torch.device("cuda"))

@@ -104,14 +104,14 @@ def floor(
     """Who has the floor at an append that brings sound of ``audio_rms``, or typed text.
 
     Looks at as many of the last ticks as the policy needs, not further. The model speaks while its
-    last ticks have text, and while it writes a call.
+    last ticks have text or sound of its own, and while it writes a call.
     """
     user = has_text or (audio_rms is not None and audio_rms >= policy.speech_rms)
     model = policy.heeds_model and is_in_call
     for _, one in zip(range(policy.quiet_ticks), newest_first, strict=False):
         user = user or bool(one.text_in)
         user = user or (one.audio_rms is not None and one.audio_rms >= policy.speech_rms)
-        model = model or (policy.heeds_model and bool(one.text_out))
+        model = model or (policy.heeds_model and bool(one.text_out or one.sound_ms))
     return Floor(user, model)
 
 
