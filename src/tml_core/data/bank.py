@@ -1,7 +1,7 @@
 """Who speaks: the voices to train on and those that are kept for measuring, and a bank of both.
 
-A voice is held out by what makes it: espeak accents and variants, a Pico accent, and speakers of
-flite.
+A voice is held out by what makes it: espeak accents and variants, a Pico accent, speakers of
+flite, and the one neural voice.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ _ESPEAK: Final[dict[Split, tuple[tuple[str, ...], tuple[str, ...]]]] = {
 }
 _OTHERS: Final[dict[Split, tuple[tuple[str, str], ...]]] = {
     "train": (("pico", "en-US"), ("flite", "rms"), ("flite", "slt")),
-    "held_out": (("pico", "en-GB"), ("flite", "awb"), ("flite", "kal16")),
+    "held_out": (("pico", "en-GB"), ("flite", "awb"), ("flite", "kal16"), ("piper", "joe")),
 }
 _FORMAT: Final = 2  # of a cached utterance: raise it when what an engine hands over changes
 _NUM_RECENT: Final = 64  # utterances at hand: a script is written first and rendered then
@@ -111,10 +111,10 @@ class SpeechBank:
         """Names of what is there."""
         return tuple(self._engines)
 
-    @property
-    def versions(self) -> tuple[str, ...]:
-        """Names and versions of what is there: with the same ones, words sound the same."""
-        return tuple(f"{one.name} {one.version}" for one in self._engines.values())
+    def versions(self, split: Split) -> tuple[str, ...]:
+        """Names and versions of who speaks in a split: with the same ones, words sound the same."""
+        ours = (self._engines[group[0].engine] for group in self.voices(split))
+        return tuple(f"{one.name} {one.version}" for one in ours)
 
     def voices(self, split: Split) -> tuple[tuple[Voice, ...], ...]:
         """The voices of a split, engine by engine; raises MissingExtra when there is none."""

