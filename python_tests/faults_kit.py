@@ -5,6 +5,7 @@ early), four experts, nano's tokenizer, sound but no pictures; three text tokens
 ones a tick.
 """
 
+import dataclasses
 import functools
 import gc
 import json
@@ -16,11 +17,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import torch
 from torch import Tensor
 
 from byte_model import BYTE_MODEL
 from session_kit import WAIT_S, engine_threads, noise, paused, step_by_step
+from speaking_kit import make_talkative
 from tml_core import Engine, Model, Session, Turn, load_model
+from tml_core.model.config import ModelConfig
+from tml_core.model.weights import random_weights, save_weights
 from tml_core.ops.lm_head import SampleRows
 
 WINDOW: Final = 96
@@ -51,17 +56,28 @@ _TEXT: Final[dict[str, Any]] = {
 
 
 def load_tiny(
-    *, max_sequences: int = NUM_SLOTS, max_positions: int = MAX_POSITIONS, **more: Any
+    *,
+    max_sequences: int = NUM_SLOTS,
+    max_positions: int = MAX_POSITIONS,
+    speaks: bool = False,
+    **more: Any,
 ) -> Model:
-    """A model of its own, with its own pages."""
+    """A model of its own, with its own pages. One that ``speaks`` does so often."""
     config = json.loads((BYTE_MODEL / "config.json").read_text())
     config["text_config"] |= _TEXT
     config["audio_config"]["text_hidden_size"] = _TEXT["hidden_size"]
     config["vision_config"]["text_hidden_size"] = _TEXT["hidden_size"]
     config["interaction"] |= {"max_text_per_tick": 3, "max_injected_per_tick": INJECTED}
     with tempfile.TemporaryDirectory() as folder:
+        if speaks:
+            config["interaction"]["audio_out"] = {"width": 16, "num_layers": 1, "num_steps": 2}
         (Path(folder) / "config.json").write_text(json.dumps(config))
         shutil.copy(BYTE_MODEL / "tokenizer.json", folder)
+        if speaks:
+            read = ModelConfig.from_path(folder)
+            weights = random_weights(read, 3, torch.bfloat16)
+            make_talkative(weights)
+            save_weights(folder, weights, dataclasses.replace(read, init_seed=None))
         return load_model(folder, max_sequences=max_sequences, max_positions=max_positions, **more)
 
 

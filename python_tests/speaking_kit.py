@@ -40,13 +40,18 @@ def speaking_config(num_layers: int = 3) -> ModelConfig:
     return dataclasses.replace(plain, text=text, interaction=interaction)
 
 
-def save_speaking(folder: Path) -> Path:
-    """A checkpoint that is sure of control tokens, and speaks as readily as it calls tools."""
-    config = speaking_config()
-    weights = random_weights(config, 3, torch.bfloat16)
+def make_talkative(weights: dict[str, Tensor]) -> None:
+    """Random weights become sure of control tokens, and speak as readily as they call tools."""
     head_VD = weights["lm_head.weight"]
     head_VD[FIRST_CONTROL:] *= 20.0
     head_VD[SAY] = head_VD[CALL] + 0.2 * head_VD[SAY]
+
+
+def save_speaking(folder: Path) -> Path:
+    """A checkpoint."""
+    config = speaking_config()
+    weights = random_weights(config, 3, torch.bfloat16)
+    make_talkative(weights)
     save_weights(folder, weights, config)
     shutil.copy(BYTE_MODEL / "tokenizer.json", folder)
     return folder

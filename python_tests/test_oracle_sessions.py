@@ -8,6 +8,8 @@ that live are lived again, alone, and must have the same ids and the same hash.
 
 import random
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +33,7 @@ from tml_core import (
     TurnResult,
     errors,
 )
+from tml_core.layout import SOUND
 
 MAX_LIVES: Final = NUM_SLOTS - 1  # one slot is for replays
 # Room for what one more turn may bring.
@@ -93,21 +96,42 @@ def chunk(number: int) -> tuple[Chunk, Input]:
 
 
 class Trap:
-    """In the place of the sampler: cancels a turn from inside one of its draws."""
+    """In the place of the sampler, and of the head that speaks: cancels a turn from inside one of
+    its draws."""
 
     def __init__(self, model: Model) -> None:
+        self.model = model
         self._sample = model.backbone.sample
+        self._flow = model.backbone.flow
+        self._say = None if self._flow is None else self._flow.draw
         self.turn: Turn | None = None
         self.keep: Any = "input"
         self.num_draws = 0
 
-    def __call__(self, h_BD: Tensor, rows: Any, **out: Any) -> tuple[Tensor, Tensor]:
+    @contextmanager
+    def set(self) -> Iterator[None]:
+        """Where draws go through it."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.model.backbone, "sample", self.sample)
+            if self._flow is not None:
+                patch.setattr(self._flow, "draw", self.say)
+            yield
+
+    def sample(self, h_BD: Tensor, rows: Any, **out: Any) -> tuple[Tensor, Tensor]:
+        self._count()
+        return self._sample(h_BD, rows, **out)
+
+    def say(self, *asked: Any) -> Tensor:
+        assert self._say is not None
+        self._count()
+        return self._say(*asked)
+
+    def _count(self) -> None:
         if self.turn is not None:
             if self.num_draws == 0:
                 self.turn.cancel(self.keep, wait=False)
                 self.turn = None
             self.num_draws -= 1
-        return self._sample(h_BD, rows, **out)
 
 
 class World:
@@ -119,25 +143,23 @@ class World:
         self.dice = random.Random(seed)
         self.folder = folder
         self.counts = dict.fromkeys(WEIGHTS, 0)
-        self.num_turns = 0
+        self.num_turns = self.num_spoken = 0
 
     # A chapter.
 
     def live(self, num_operations: int) -> None:
         self.lives: list[Life] = []
         self.pools = Pool(), Pool()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self.model.backbone, "sample", self.trap)
-            with Engine(self.model) as engine:
-                self.engine = engine
-                self.open()
-                for _ in range(num_operations):
-                    self.act()
-                for life in self.dice.sample(self.lives, min(3, len(self.lives))):
-                    self.live_again(life)
-                while self.lives:
-                    self.end(self.lives[0])
-                assert engine.num_sessions == 0
+        with self.trap.set(), Engine(self.model) as engine:
+            self.engine = engine
+            self.open()
+            for _ in range(num_operations):
+                self.act()
+            for life in self.dice.sample(self.lives, min(3, len(self.lives))):
+                self.live_again(life)
+            while self.lives:
+                self.end(self.lives[0])
+            assert engine.num_sessions == 0
         self.audit()
 
     def act(self) -> None:
@@ -170,7 +192,9 @@ class World:
 
     def answered(self, life: Life, number: int, result: TurnResult) -> None:
         output = np.array(result.done.token_ids, np.int64)
-        has_said = any(isinstance(one, TextToken) for one in result.events)
+        has_spoken = SOUND in result.done.token_ids
+        has_said = has_spoken or any(isinstance(one, TextToken) for one in result.events)
+        self.num_spoken += has_spoken
         num_drawn = result.stats.num_output_tokens
         life.oracle.turn(chunk(number)[1], output, num_drawn, has_said=has_said)
         life.turns.append(Done(number, ""))
@@ -196,7 +220,8 @@ class World:
             step_by_step(patch)
             with paused(life.session):
                 turn = life.session.append(chunk(number)[0])
-                self.trap.keep, self.trap.num_draws = keep, self.dice.randrange(3)
+                num_draws = self.dice.randrange(3 if self.model.backbone.flow is None else 7)
+                self.trap.keep, self.trap.num_draws = keep, num_draws
                 self.trap.turn = turn
             result = turn.result(WAIT_S)
         self.trap.turn = None
@@ -447,10 +472,12 @@ class World:
                 turn.result(WAIT_S)
             assert np.array_equal(session.token_ids(), life.session.token_ids())
             assert session.info().state_hash == life.session.info().state_hash
+            # What is said next goes on from the same voice.
+            assert session._seat.state.to_dict() == life.session._seat.state.to_dict()
 
 
-def live(num_operations: int, seed: int, folder: Path) -> World:
-    world = World(load_tiny(), seed, folder)
+def live(num_operations: int, seed: int, folder: Path, *, speaks: bool = False) -> World:
+    world = World(load_tiny(speaks=speaks), seed, folder)
     while num_operations:
         count = min(CHAPTER, num_operations)
         world.live(count)
@@ -466,6 +493,12 @@ def test_sessions_are_what_the_oracle_says(seed: int, tmp_path: Path) -> None:
     world = live(1200, seed, tmp_path)
     assert min(world.counts.values()) > 0
     assert world.num_turns > 500
+
+
+def test_sessions_that_speak_are_what_the_oracle_says(tmp_path: Path) -> None:
+    world = live(1000, 4, tmp_path, speaks=True)
+    assert min(world.counts.values()) > 0
+    assert world.num_spoken > 30
 
 
 @pytest.mark.slow
