@@ -5,20 +5,25 @@ Shape suffixes: T positions, A blocks.
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from byte_model import BYTE_MODEL
+from tml_core import AudioChunk, Chunk, Session, load_model
 from tml_core.errors import InvalidArgument, Unsupported
-from tml_core.layout import Stream
+from tml_core.layout import MicroTurnLayout, Stream
+from tml_core.media import GriffinLim, clips, mel_frames, read_audio
 from tml_core.media.segments import Audio, OwnAudio, Tokens
 from tml_core.model.audio_out_config import AudioOutConfig
 from tml_core.model.config import ModelConfig
 from tml_core.model.flow import FLOW_PREFIX, SELF_EMBED
+from tml_core.model.tokenizer import load_tokenizer
 from tml_core.model.weights import random_weights, save_weights
 from tml_core.train import TrainConfig, Trainer, Transcript, write_shards
 from tml_core.train.flow_loss import flow_seed
@@ -224,3 +229,42 @@ def test_sound_is_not_learned_in_a_compiled_step(model: Path, tmp_path: Path) ->
     silent = _run(tmp_path, model, model={"compile": True}, loss={"audio": 0.0})
     with Trainer(silent) as trainer:
         assert trainer.step == 0
+
+
+def test_what_was_learned_is_said(tmp_path: Path) -> None:
+    """A word by heart, from the loss to the sound of a session."""
+    head = AudioOutConfig(width=128, num_layers=2)
+    plain = _config()
+    assert plain.interaction is not None
+    config = dataclasses.replace(
+        plain, interaction=dataclasses.replace(plain.interaction, audio_out=head)
+    )
+    start = tmp_path / "start"
+    save_weights(start, random_weights(config, 3, torch.float32), config)
+    shutil.copy(BYTE_MODEL / "tokenizer.json", start)
+    layout = MicroTurnLayout(config, load_tokenizer(start))
+    mel_FM = mel_frames(read_audio(clips().audio)[16000:25600])
+    ids = layout.grammar.tokens
+    say, silence, end = ids.say, ids.silence, ids.end_out
+    blocks = mel_FM.reshape(3, 4, 4, 80)
+    runs: list[list[Any]] = [[silence], *([say, *four, end] for four in blocks), [silence]]
+    idle = Chunk(is_idle=True)
+    transcript = Transcript.next_tokens(*layout.encode_session([(idle, run) for run in runs]))
+    options = {
+        "model": {"path": str(start)},
+        "data": {"path": "memory", "batch_tokens": 120},
+        "optimizer": {"learning_rate": 4e-3, "warmup_steps": 10, "weight_decay": 0.0},
+        "run": {"folder": str(tmp_path / "run"), "num_steps": 70},
+    }
+    with Trainer(TrainConfig.from_dict(options), [transcript] * 3) as trainer:
+        path = trainer.run()
+    with Session(load_model(path, max_sequences=1)) as session:
+        results = [session.append(idle).result() for _ in range(5)]
+    assert [len(one.done.token_ids) for one in results] == [1, 6, 6, 6, 1]
+    chunks = [e.pcm for one in results for e in one.events if isinstance(e, AudioChunk)]
+    vocoder = GriffinLim()
+    want_S = np.concatenate([vocoder.push(mel_FM), vocoder.flush()])
+    said_FM, want_FM = mel_frames(np.concatenate(chunks)), mel_frames(want_S)
+    assert said_FM.shape == want_FM.shape
+    distance = np.abs(said_FM - want_FM).mean()
+    assert distance < 0.3 * np.abs(want_FM - want_FM.mean(axis=0)).mean()
