@@ -11,13 +11,15 @@ from typing import Literal
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 from rich.console import Console, RenderableType
 
 from session_kit import CALL, END_CALL, END_OUT, SAY, SILENCE, WAIT_S, nano, scripted
 from speaking_kit import heard, speaker
 from speaking_kit import scripted as speaking
-from tml_core import Chunk, Session, cli, media
+from tml_core import Chunk, Session, cli, errors, media
 from tml_core.cli import live
+from tml_core.cli.picture import RunPicture
 from tml_core.cli.timeline import TickView, Totals, footer, header, plain_line, row
 
 
@@ -211,3 +213,31 @@ def test_it_is_a_command() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 4
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_run_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A minute and a half in rows, with typed text, calls and letters no font has."""
+    pytest.importorskip("matplotlib", reason="pip install 'tml_core[plot]'")
+    picture = RunPicture(tmp_path / "run.png", "a title")
+    script = [SILENCE, 104, 7, 250, END_OUT, CALL, *b'{"arguments":{},"name":"look"}', END_CALL]
+    script += [SILENCE] * 130
+    frame = np.full((24, 32, 3), 90, np.uint8)
+    with Session(nano()) as session, scripted(script):
+        for index in range(130):
+            chunk = Chunk(
+                audio=np.full(3200, 0.1, np.float32),
+                frames=(frame,),
+                text="hm" if index == 3 else None,
+            )
+            picture.add(TickView(index, chunk, session.append(chunk).result()))
+    picture.close()
+    size = Image.open(tmp_path / "run.png").size
+    assert size[0] == 1800 and size[1] > 500
+    with pytest.raises(errors.InvalidArgument, match=r"plot: cannot write .*: no such folder"):
+        RunPicture(tmp_path / "nowhere" / "run.png", "a title")
+    assert (
+        call("run", "--max-ticks", "3", "--plot", str(tmp_path / "r.png"), monkeypatch=monkeypatch)
+        == 0
+    )
+    assert (tmp_path / "r.png").stat().st_size > 5000

@@ -51,6 +51,9 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Write what a model that speaks says to this sound file.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the session to this PNG: what came in, out, when.")
+    ] = None,
     background: Annotated[
         str | None,
         typer.Option(help="A second model for jobs: local (a llama.cpp server) or a URL."),
@@ -83,6 +86,7 @@ def run(
             system=system,
             transcript=transcript,
             out=out,
+            plot=plot,
             background=background,
             background_model=background_model,
             delegate=delegate,

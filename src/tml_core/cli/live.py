@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from tml_core import _ext
+from tml_core.cli.picture import RunPicture
 from tml_core.cli.reply import ReplyFile
 from tml_core.cli.timeline import TickView, Totals, footer, header, job_line, plain_line, row
 from tml_core.engine.model import Model, load_model
@@ -48,6 +49,7 @@ class RunOptions:
     system: str | None = None
     transcript: Path | None = None
     out: Path | None = None
+    plot: Path | None = None
     background: str | None = None
     background_model: str | None = None
     delegate: str | None = None
@@ -65,6 +67,10 @@ def run_live(options: RunOptions, console: Console) -> Totals:
         if options.out is not None:
             reply = ReplyFile(options.out, model.config)
             stack.callback(reply.close)
+        picture = None
+        if options.plot is not None:
+            title = f"{options.model}{'' if model.is_trained else ' (untrained)'}: {feed.words}"
+            picture = RunPicture(options.plot, title)
         runner = None
         if options.background is not None:
             from tml_core.cli.jobs import background_runner  # its packages are an extra
@@ -82,7 +88,7 @@ def run_live(options: RunOptions, console: Console) -> Totals:
                 tools=() if runner is None else runner.declarations,
             )
         )
-        view = _View(console, feed.media_ms, log, reply)
+        view = _View(console, feed.media_ms, log, reply, picture)
         view.open(options, model, feed.words)
         try:
             if runner is not None:
@@ -184,7 +190,7 @@ def _run(
 
 
 class _View:
-    """Rows above a footer that stays, or plain lines; and the files of transcript and reply."""
+    """Rows above a footer that stays, or plain lines; and the files that were asked for."""
 
     def __init__(
         self,
@@ -192,11 +198,13 @@ class _View:
         media_ms: int | None,
         log: TextIO | None,
         reply: ReplyFile | None,
+        picture: RunPicture | None,
     ) -> None:
         self.totals = Totals(media_ms)
         self._console = console
         self._log = log
         self._reply = reply
+        self._picture = picture
         self._live: Live | None = None
         self.jobs: JobLines | None = None
 
@@ -226,6 +234,8 @@ class _View:
         self._write(type="tick", **_tick_record(tick))
         if self._reply is not None:
             self._reply.add(tick.index, tick.result.events)
+        if self._picture is not None:
+            self._picture.add(tick)
         if self._live is None:
             self._console.print(plain_line(tick), markup=False, highlight=False, soft_wrap=True)
         else:
@@ -252,6 +262,8 @@ class _View:
 
     def close(self) -> None:
         self._write(type="summary", **self.totals.to_dict())
+        if self._picture is not None:
+            self._picture.close()
         if self._live is not None:
             self._live.stop()
             return
