@@ -232,7 +232,8 @@ def test_a_run_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
             )
             picture.add(TickView(index, chunk, session.append(chunk).result()))
     picture.close()
-    size = Image.open(tmp_path / "run.png").size
+    with Image.open(tmp_path / "run.png") as drawn:
+        size = drawn.size
     assert size[0] == 1800 and size[1] > 500
     with pytest.raises(errors.InvalidArgument, match=r"plot: cannot write .*: no such folder"):
         RunPicture(tmp_path / "nowhere" / "run.png", "a title")

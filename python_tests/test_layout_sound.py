@@ -291,8 +291,9 @@ def test_an_answer_of_a_chat_has_no_sound():
     assert not half.has_unfed_sound
     with pytest.raises(Unsupported, match="before_M: this layout has no sound"):
         _ = half.before_M
-    with pytest.raises(Unsupported, match="mel: this layout has no sound"):
-        half.accept_sound(torch.zeros(4, 80))
+    for ask in (half.accept_sound, half.completed_by):
+        with pytest.raises(Unsupported, match="mel: this layout has no sound"):
+            ask(torch.zeros(4, 80))
 
 
 def test_spelling_joins_blocks_that_follow_each_other(mel_FM):

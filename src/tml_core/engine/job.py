@@ -23,7 +23,7 @@ from tml_core.engine.token_feed import FedToken, TokenFeed
 from tml_core.engine.turn import Ending, Turn
 from tml_core.errors import InvalidArgument, TmlError
 from tml_core.layout.events import Event, Notice, TextToken
-from tml_core.layout.sound import SOUND
+from tml_core.layout.sound import SOUND, Heard, Unheard
 from tml_core.layout.state import LayoutState, OutputHalf, TokenRun
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import Block, Segment
@@ -267,10 +267,17 @@ class Job:
         output = self._open_output()
         self._go_on(output, output.accept(token_id, logprob), costs, batch_size)
 
-    def accept_sound(self, mel_FM: Tensor, costs: Costs, batch_size: int) -> None:
-        """Take a block that was drawn, log10 frames float32 [F, M]."""
+    def completed_by(self, mel_FM: Tensor) -> Unheard | None:
+        """What has to be made heard with this block; see `OutputHalf.completed_by`."""
+        return self._open_output().completed_by(mel_FM)
+
+    def accept_sound(
+        self, mel_FM: Tensor, heard: Heard | None, costs: Costs, batch_size: int
+    ) -> None:
+        """Take a block that was drawn, log10 frames float32 [F, M]; ``heard``: the sound that is
+        whole with it, if it was made already."""
         output = self._open_output()
-        self._go_on(output, output.accept_sound(mel_FM), costs, batch_size)
+        self._go_on(output, output.accept_sound(mel_FM, heard), costs, batch_size)
 
     def _go_on(
         self, output: OutputHalf, events: list[Event], costs: Costs, batch_size: int

@@ -26,6 +26,7 @@ from tml_core.engine.seat import Seat
 from tml_core.engine.stats import EngineCounters
 from tml_core.engine.token_feed import MAX_AHEAD, FedToken
 from tml_core.errors import PoolExhausted, TmlError
+from tml_core.layout.sound import Heard
 from tml_core.layout.state import TokenRun
 from tml_core.media.segments import Block, Image, Segment
 from tml_core.model.backbone import Backbone
@@ -393,9 +394,9 @@ class Stepper:
             for row, job in enumerate(jobs):
                 self._say([job], h_BD[row : row + 1], costs, batch_size)
             return
-        for job, mel_FM in zip(jobs, mel_BFM, strict=True):
+        for job, mel_FM, heard in zip(jobs, mel_BFM, _made_heard(jobs, mel_BFM), strict=True):
             try:
-                job.accept_sound(mel_FM, costs, batch_size)
+                job.accept_sound(mel_FM, heard, costs, batch_size)
             except Exception as error:
                 job.fail(error)
 
@@ -422,6 +423,24 @@ class Stepper:
                 job.accept(token_id, logprob, costs, batch_size)
             except Exception as error:
                 job.fail(error)
+
+
+def _made_heard(jobs: list[Job], mel_BFM: Tensor) -> list[Heard | None]:
+    """The sounds that are whole with these blocks, made together. None where there is none or it
+    cannot be made with the others: then its turn makes it, and finds out why."""
+    found: list[Heard | None] = [None] * len(jobs)
+    try:
+        whole = [job.completed_by(mel_FM) for job, mel_FM in zip(jobs, mel_BFM, strict=True)]
+        unheard = [(row, one) for row, one in enumerate(whole) if one is not None]
+        for vocoder in {id(one.vocoder): one.vocoder for _, one in unheard}.values():
+            own = [(row, one) for row, one in unheard if one.vocoder is vocoder]
+            mel_RFM = np.stack([one.mel_FM for _, one in own])
+            pcm_RS, states = vocoder.push_together([one.state for _, one in own], mel_RFM)
+            for (row, _), pcm_S, state in zip(own, pcm_RS, states, strict=True):
+                found[row] = Heard(pcm_S.copy(), state)
+    except Exception:
+        return [None] * len(jobs)
+    return found
 
 
 def guarded(job: Job, act: Callable[P, bool | None], *args: P.args, **kwargs: P.kwargs) -> bool:

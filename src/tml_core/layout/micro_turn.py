@@ -41,7 +41,15 @@ from tml_core.layout.events import (
     TurnDone,
     TurnEnd,
 )
-from tml_core.layout.sound import BLOCKS_PER_TICK, SOUND, RunItem, Voice, spelled
+from tml_core.layout.sound import (
+    BLOCKS_PER_TICK,
+    SOUND,
+    Heard,
+    RunItem,
+    Unheard,
+    Voice,
+    spelled,
+)
 from tml_core.layout.state import AudioCarry, EncodedInput, LayoutState, Stream, TokenRun
 from tml_core.layout.text import TextCodec, bitmask
 from tml_core.layout.tool_call import call_event
@@ -193,7 +201,7 @@ class TickOutput:
 
     ``token_ids`` and ``streams``: the half so far, in which `SOUND` stands for a block of sound.
     ``state``: the session after it, final once ``is_done``. ``vocoder``: turns sound into the PCM
-    of `AudioChunk`; it is the half's own while it is asked. Without one sound causes no events.
+    of `AudioChunk`, and is left as it is. Without one sound causes no events.
     """
 
     def __init__(
@@ -307,11 +315,41 @@ class TickOutput:
             return self._accept_call_text(token_id)
         return self._accept_text(token_id, logprob)
 
-    def accept_sound(self, mel_FM: Mel | torch.Tensor) -> list[Event]:
+    def completed_by(self, mel_FM: Mel | torch.Tensor) -> Unheard | None:
+        """See `OutputHalf.completed_by`. Raises as `accept_sound` does."""
+        frames_FM = self._checked_block(mel_FM)
+        if self._vocoder is None or len(self._sound) + 1 < BLOCKS_PER_TICK:
+            return None
+        voice = self._before.voice
+        before = [one.mel[0].numpy() for one in self._sound]
+        return Unheard(
+            self._vocoder,
+            None if voice is None else voice.vocoder,
+            np.concatenate([*before, frames_FM]),
+        )
+
+    def accept_sound(self, mel_FM: Mel | torch.Tensor, heard: Heard | None = None) -> list[Event]:
         """Take the next block, log10 frames float32 [F, M]; the tick's sound once it is whole.
+        ``heard``: see `OutputHalf.accept_sound`.
 
         Raises `InvalidArgument`, changing nothing, where none is wanted or for another shape.
         """
+        unheard = self.completed_by(mel_FM)
+        if unheard is not None and heard is None:
+            pcm_1S, (state,) = unheard.vocoder.push_together([unheard.state], unheard.mel_FM[None])
+            heard = Heard(pcm_1S[0], state)
+        mel_1FM = torch.from_numpy(self._checked_block(mel_FM).copy())[None]
+        self._sound.append(OwnAudio(mel_1FM, self._last_frame()))
+        self._append(SOUND, Stream.AUDIO)
+        if len(self._sound) == BLOCKS_PER_TICK:
+            self._phase = _Phase.SAID
+        if unheard is None or heard is None:
+            return []
+        self._heard = heard.state
+        sample_rate = unheard.vocoder.config.sample_rate
+        return [AudioChunk(**self._tags(), pcm=heard.pcm, sample_rate=sample_rate)]
+
+    def _checked_block(self, mel_FM: Mel | torch.Tensor) -> Mel:
         head = self._grammar.head
         if head is None or not self.wants_sound:
             raise InvalidArgument(
@@ -320,26 +358,7 @@ class TickOutput:
         frames_FM = mel_array("mel", mel_FM, head.mel)
         if len(frames_FM) != head.num_frames:
             raise InvalidArgument(f"mel: expected {head.num_frames} frames, got {len(frames_FM)}")
-        mel_1FM = torch.from_numpy(frames_FM.copy())[None]
-        self._sound.append(OwnAudio(mel_1FM, self._last_frame()))
-        self._append(SOUND, Stream.AUDIO)
-        if len(self._sound) < BLOCKS_PER_TICK:
-            return []
-        self._phase = _Phase.SAID
-        if self._vocoder is None:
-            return []
-        vocoder = self._wound_vocoder(self._vocoder)
-        pcm_S = vocoder.push(torch.cat([one.mel[0] for one in self._sound]))
-        self._heard = vocoder.state()
-        return [AudioChunk(**self._tags(), pcm=pcm_S, sample_rate=vocoder.config.sample_rate)]
-
-    def _wound_vocoder(self, vocoder: Vocoder) -> Vocoder:
-        """Where it stood when this half began."""
-        vocoder.reset()
-        voice = self._before.voice
-        if voice is not None and voice.vocoder is not None:
-            vocoder.restore(voice.vocoder)
-        return vocoder
+        return frames_FM
 
     def take_unfed(self) -> list[int]:
         """The accepted tokens the model has not been given yet; now they count as given."""
@@ -434,7 +453,8 @@ class TickOutput:
         events: list[Event] = []
         before = self._before.voice
         if self._vocoder is not None and before is not None and before.vocoder is not None:
-            vocoder = self._wound_vocoder(self._vocoder)
+            vocoder = self._vocoder.copy()
+            vocoder.restore(before.vocoder)
             sample_rate = vocoder.config.sample_rate
             rest_S = vocoder.flush()
             events.append(AudioChunk(**self._tags(), pcm=rest_S, sample_rate=sample_rate))
@@ -449,8 +469,8 @@ class MicroTurnLayout:
     """Layout v1 for one model; holds no session.
 
     ``speaks=False`` takes no notice of an audio-out head. ``vocoder``: what its output halves turn
-    sound into PCM with, each with a copy; without one sound causes no events. Raises
-    `CheckpointError` if the checkpoint has no ``interaction`` block or no usable tokenizer.
+    sound into PCM with; without one sound causes no events. Raises `CheckpointError` if the
+    checkpoint has no ``interaction`` block or no usable tokenizer.
     """
 
     name: Final = "micro-turn v1"
@@ -533,9 +553,8 @@ class MicroTurnLayout:
     ) -> TickOutput:
         """The output half that follows the input half that ended in ``state``. ``vocoder``: used
         instead of the layout's."""
-        if vocoder is None and self._vocoder is not None:
-            vocoder = self._vocoder.copy()
-        return TickOutput(self.grammar, _checked(state), epoch, vocoder)
+        used = self._vocoder if vocoder is None else vocoder
+        return TickOutput(self.grammar, _checked(state), epoch, used)
 
     def encode_sound(self, mel_FM: Mel) -> list[RunItem]:
         """What a model that says log10 frames float32 [F, M] would put out, as one run;

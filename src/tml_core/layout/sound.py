@@ -6,7 +6,7 @@ Legend: F frames of a block, M mel channels, S samples.
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +14,23 @@ from numpy.typing import NDArray
 
 from tml_core.errors import SnapshotError, Unsupported
 from tml_core.layout.events import Event
+from tml_core.media._checks import Pcm
 from tml_core.media.mel import Mel
 from tml_core.media.micro_turns import TICK_MS
 from tml_core.media.segments import OwnAudio, Segment, Tokens
-from tml_core.media.vocoder import VocoderState
+from tml_core.media.vocoder import Vocoder, VocoderState
 from tml_core.model.audio_out_config import BLOCK_MS
 
-__all__ = ["BLOCKS_PER_TICK", "SOUND", "RunItem", "Voice", "WrittenHalf", "spelled"]
+__all__ = [
+    "BLOCKS_PER_TICK",
+    "SOUND",
+    "Heard",
+    "RunItem",
+    "Unheard",
+    "Voice",
+    "WrittenHalf",
+    "spelled",
+]
 
 BLOCKS_PER_TICK: Final = TICK_MS // BLOCK_MS
 # Stands for a block of sound among token ids.
@@ -28,6 +38,22 @@ SOUND: Final = -1
 
 # What a model puts out: a token, or the mel frames of a block, float32 [F, M].
 RunItem = int | Mel
+
+
+class Unheard(NamedTuple):
+    """A tick's sound that is whole: log10 frames float32 [F, M], to be made heard by ``vocoder`` from
+    its ``state``, None where it begins."""
+
+    vocoder: Vocoder
+    state: VocoderState | None
+    mel_FM: Mel
+
+
+class Heard(NamedTuple):
+    """The same as PCM, float32 [S], and the vocoder's state after it."""
+
+    pcm: Pcm
+    state: VocoderState
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +120,15 @@ class WrittenHalf:
         """Raises `Unsupported`."""
         raise Unsupported("before_M: this layout has no sound")
 
-    def accept_sound(self, mel_FM: torch.Tensor) -> list[Event]:  # noqa: ARG002
+    def completed_by(self, mel_FM: torch.Tensor) -> Unheard | None:  # noqa: ARG002
+        """Raises `Unsupported`."""
+        raise Unsupported("mel: this layout has no sound")
+
+    def accept_sound(
+        self,
+        mel_FM: torch.Tensor,  # noqa: ARG002
+        heard: Heard | None = None,  # noqa: ARG002
+    ) -> list[Event]:
         """Raises `Unsupported`."""
         raise Unsupported("mel: this layout has no sound")
 

@@ -13,6 +13,7 @@ import torch
 from tml_core.errors import InvalidArgument, SnapshotError
 from tml_core.layout.chunk import Chunk
 from tml_core.layout.events import Event, TurnEnd
+from tml_core.layout.sound import Heard, Unheard
 from tml_core.media.dmel import DmelConfig, DmelState, DmelStream
 from tml_core.media.segments import Block, Segment
 from tml_core.model.config import AudioConfig
@@ -173,8 +174,13 @@ class OutputHalf(Protocol):
     def before_M(self) -> torch.Tensor:
         """The frame said before that block, log10 float32 [M]."""
 
-    def accept_sound(self, mel_FM: torch.Tensor) -> list[Event]:
-        """Take the next block, log10 frames float32 [F, M]; events as `accept` gives them."""
+    def completed_by(self, mel_FM: torch.Tensor) -> Unheard | None:
+        """What `accept_sound` of this block will have to make heard; None where the tick's sound is
+        not whole with it, or nobody listens."""
+
+    def accept_sound(self, mel_FM: torch.Tensor, heard: Heard | None = None) -> list[Event]:
+        """Take the next block, log10 frames float32 [F, M]; events as `accept` gives them.
+        ``heard``: what `completed_by` asks for, if that was done already."""
 
     @property
     def has_unfed_sound(self) -> bool:

@@ -1,15 +1,16 @@
 """Vocoders: mel frames to sound as they come. `GriffinLim` needs no weights.
 
-Legend: F frames, S samples, M mel channels, N frequencies, W window length, K frames in work.
+Legend: F frames, S samples, M mel channels, N frequencies, W window length, K frames in work, R
+sounds that are made together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from tml_core.errors import InvalidArgument, InvalidType
@@ -48,6 +49,13 @@ class Vocoder(Protocol):
     def push(self, mel_FM: Mel | torch.Tensor) -> Pcm:
         """float32 [F * hop] in [-1, 1] for log10 frames float32 [F, M]; after a start the first
         ``delay`` samples are zeros."""
+
+    def push_together(
+        self, states: Sequence[VocoderState | None], mel_RFM: NDArray[np.float32]
+    ) -> tuple[Pcm, list[VocoderState]]:
+        """The same for several sounds, each from its state (None: from the start): float32
+        [R, F * hop], and the states after it. The bits are those of each alone; the vocoder's own
+        state is left as it is."""
 
     def flush(self) -> Pcm:
         """What is still to be heard, float32 [delay]; then the vocoder is as it was made."""
@@ -100,16 +108,32 @@ class GriffinLim:
 
     def push(self, mel_FM: Mel | torch.Tensor) -> Pcm:
         """See `Vocoder.push`. Raises InvalidArgument or InvalidType for anything else."""
-        frames_FM = mel_array("mel_FM", mel_FM, self._config).astype(np.float64)
-        energy_FM = mel_energy(frames_FM, self._config)
-        return self._run([self._tables.magnitude(energy_M) for energy_M in energy_FM])
+        frames_FM = mel_array("mel_FM", mel_FM, self._config)
+        pcm_1S, (self._state,) = self.push_together([self._state], frames_FM[None])
+        return _only(pcm_1S)
+
+    def push_together(
+        self, states: Sequence[VocoderState | None], mel_RFM: NDArray[np.float32]
+    ) -> tuple[Pcm, list[VocoderState]]:
+        """See `Vocoder.push_together`. Raises InvalidArgument for another number of states, or
+        another vocoder's."""
+        if len(states) != len(mel_RFM):
+            raise InvalidArgument(
+                f"states: expected {len(mel_RFM)}, one for each sound, got {len(states)}"
+            )
+        known = [self._tables.silence if one is None else self._checked(one) for one in states]
+        energy_RFM = mel_energy(mel_RFM.astype(np.float64), self._config)
+        # One sound at a time, whose tables fit a cache.
+        magnitudes = [self._tables.magnitude(energy_FM) for energy_FM in energy_RFM]
+        return self._run(known, np.array(magnitudes))
 
     def flush(self) -> Pcm:
         """See `Vocoder.flush`."""
-        silence_N = np.zeros(self._config.window // 2 + 1)
-        tail_S = self._run([silence_N] * (self.delay // self._config.hop))
+        num_frames = self.delay // self._config.hop
+        silence_1FN = np.zeros((1, num_frames, self._config.window // 2 + 1))
+        tail_1S, _ = self._run([self._state], silence_1FN)
         self.reset()
-        return tail_S
+        return _only(tail_1S)
 
     def reset(self) -> None:
         """Back to how the vocoder was made."""
@@ -121,6 +145,9 @@ class GriffinLim:
 
     def restore(self, state: VocoderState) -> None:
         """Go back (or over) to ``state``. Raises InvalidType or InvalidArgument for another's."""
+        self._state = self._checked(state)
+
+    def _checked(self, state: VocoderState) -> VocoderState:
         if not isinstance(state, VocoderState):
             raise InvalidType(f"state: expected VocoderState, got {type(state).__name__}")
         want = self._tables.silence
@@ -131,7 +158,7 @@ class GriffinLim:
                 f"state: expected that of {want.name} with arrays {shapes}, "
                 f"got that of {state.name} with {got}"
             )
-        self._state = state
+        return state
 
     def copy(self) -> "GriffinLim":
         """A vocoder that goes on from here on its own."""
@@ -139,55 +166,66 @@ class GriffinLim:
         twin._state = self._state
         return twin
 
-    def _run(self, magnitudes: list[NDArray[np.float64]]) -> Pcm:
-        hop = self._config.hop
-        pcm_S = np.empty(len(magnitudes) * hop, np.float32)
-        decided_S, frames_KW, magnitude_KN = self._state.arrays
-        for index, magnitude_N in enumerate(magnitudes):
-            hop_S, decided_S, frames_KW, magnitude_KN = self._step(
-                magnitude_N, decided_S, frames_KW, magnitude_KN
-            )
-            pcm_S[index * hop : (index + 1) * hop] = np.clip(hop_S, -1.0, 1.0)
-        arrays = (decided_S, frames_KW, magnitude_KN)
-        self._state = VocoderState(self._state.name, arrays)
-        return pcm_S
+    def _run(
+        self, states: Sequence[VocoderState], magnitude_RFN: NDArray[np.float64]
+    ) -> tuple[Pcm, list[VocoderState]]:
+        hop, (num_sounds, num_frames, _) = self._config.hop, magnitude_RFN.shape
+        pcm_RS = np.empty((num_sounds, num_frames * hop), np.float32)
+        arrays = [np.stack(part) for part in zip(*(one.arrays for one in states), strict=True)]
+        for frame in range(num_frames):
+            hop_RS, *arrays = self._step(magnitude_RFN[:, frame], *arrays)
+            pcm_RS[:, frame * hop : (frame + 1) * hop] = np.clip(hop_RS, -1.0, 1.0)
+        # Copies, so that no sound keeps what the others had.
+        name = self._tables.silence.name
+        after = [
+            VocoderState(name, tuple(part[row].copy() for part in arrays))
+            for row in range(num_sounds)
+        ]
+        return pcm_RS, after
 
     def _step(
         self,
-        magnitude_N: NDArray[np.float64],
-        decided_S: NDArray[np.float64],
-        frames_KW: NDArray[np.float64],
-        magnitude_KN: NDArray[np.float64],
+        magnitude_RN: NDArray[np.float64],
+        decided_RS: NDArray[np.float64],
+        frames_RKW: NDArray[np.float64],
+        magnitude_RKN: NDArray[np.float64],
     ) -> tuple[NDArray[np.float64], ...]:
-        """One frame: the hop that is now final, and the state after it.
+        """One frame of each sound: the hop that is now final, and the state after it.
 
-        ``decided_S`` [window + lookahead * hop]: overlap-added frames that do not change any more,
-        from the oldest frame in work on. ``frames_KW`` [lookahead, W], ``magnitude_KN``: in work.
+        ``decided_RS`` [R, window + lookahead * hop]: overlap-added frames that do not change any
+        more, from the oldest frame in work on. ``frames_RKW`` [R, lookahead, W],
+        ``magnitude_RKN``: in work.
         """
         tables, hop, window = self._tables, self._config.hop, self._config.window
-        magnitude_KN = np.concatenate((magnitude_KN, magnitude_N[None]))
+        magnitude_RKN = np.concatenate((magnitude_RKN, magnitude_RN[:, None]), axis=1)
         # The new frame begins with the phases of what is known of its stretch.
-        known_S = _overlap_add(decided_S, frames_KW, hop) * tables.known_gain_S
-        spectrum_N = np.fft.rfft(known_S[-window:] * tables.window_W)
-        new_W = np.fft.irfft(magnitude_N * tables.phases(spectrum_N), window) * tables.window_W
-        frames_KW = np.concatenate((frames_KW, new_W[None]))
-        before_KN: NDArray[np.complex128] | None = None
+        known_RS = _overlap_add(decided_RS, frames_RKW, hop) * tables.known_gain_S
+        spectrum_RN = np.fft.rfft(known_RS[:, -window:] * tables.window_W)
+        new_RW = np.fft.irfft(magnitude_RN * tables.phases(spectrum_RN), window) * tables.window_W
+        frames_RKW = np.concatenate((frames_RKW, new_RW[:, None]), axis=1)
+        before_RKN: NDArray[np.complex128] | None = None
         for _ in range(self._num_iterations):
-            sound_S = _overlap_add(decided_S, frames_KW, hop) * tables.gain_S
-            pieces_KW = sliding_window_view(sound_S, window)[::hop] * tables.window_W
-            spectrum_KN = np.fft.rfft(pieces_KW)
+            sound_RS = _overlap_add(decided_RS, frames_RKW, hop) * tables.gain_S
+            pieces_RKW = sound_RS.take(tables.index_KW, axis=1) * tables.window_W
+            spectrum_RKN = np.fft.rfft(pieces_RKW)
             # Overshooting in the direction of the last change converges faster.
-            ahead_KN = spectrum_KN
-            if before_KN is not None:
-                ahead_KN = spectrum_KN + 0.9 * (spectrum_KN - before_KN)
-            before_KN = spectrum_KN
-            frames_KW = np.fft.irfft(magnitude_KN * tables.phases(ahead_KN), window)
-            frames_KW *= tables.window_W
-        decided_S = decided_S.copy()
-        decided_S[:window] += frames_KW[0]
-        final_S = decided_S[:hop] * tables.steady_gain
-        decided_S = np.concatenate((decided_S[hop:], np.zeros(hop)))
-        return final_S, decided_S, frames_KW[1:], magnitude_KN[1:]
+            ahead_RKN = spectrum_RKN
+            if before_RKN is not None:
+                ahead_RKN = spectrum_RKN + 0.9 * (spectrum_RKN - before_RKN)
+            before_RKN = spectrum_RKN
+            frames_RKW = np.fft.irfft(magnitude_RKN * tables.phases(ahead_RKN), window)
+            frames_RKW *= tables.window_W
+        decided_RS = decided_RS.copy()
+        decided_RS[:, :window] += frames_RKW[:, 0]
+        final_RS = decided_RS[:, :hop] * tables.steady_gain
+        rest_RS = np.zeros((len(decided_RS), hop))
+        decided_RS = np.concatenate((decided_RS[:, hop:], rest_RS), axis=1)
+        return final_RS, decided_RS, frames_RKW[:, 1:], magnitude_RKN[:, 1:]
+
+
+def _only(pcm_1S: Pcm) -> Pcm:
+    pcm_S: Pcm = pcm_1S[0]
+    return pcm_S
 
 
 class _Tables(NamedTuple):
@@ -196,6 +234,7 @@ class _Tables(NamedTuple):
     gain_S: NDArray[np.float64]  # 1 / sum of squared windows, with and without the newest frame
     known_gain_S: NDArray[np.float64]
     steady_gain: float
+    index_KW: NDArray[np.intp]  # where the frames in work stand in the sound
     index_MK: NDArray[np.intp]
     weight_MK: NDArray[np.float64]
     channel_NC: NDArray[np.intp]  # the channels that see a frequency, and how much
@@ -212,17 +251,22 @@ class _Tables(NamedTuple):
         )
         return out
 
-    def magnitude(self, energy_M: NDArray[np.float64]) -> NDArray[np.float64]:
-        """A spectrum [N] whose mel energies are ``energy_M``."""
-        spread_N = (energy_M[self.channel_NC] * self.share_NC).sum(axis=1)
-        magnitude_N: NDArray[np.float64] = (
-            (energy_M / self.norm_M)[self.channel_NC] * self.share_NC
-        ).sum(axis=1)
+    def magnitude(self, energy_FM: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Spectra [F, N] whose mel energies are ``energy_FM``."""
+        # `take` keeps what is summed next to each other, so sums do not depend on F.
+
+        def seen(value_FM: NDArray[np.float64]) -> NDArray[np.float64]:
+            found: NDArray[np.float64] = (
+                value_FM.take(self.channel_NC, axis=1) * self.share_NC
+            ).sum(axis=2)
+            return found
+
+        spread_FN = seen(energy_FM)
+        magnitude_FN = seen(energy_FM / self.norm_M)
         for _ in range(12):
-            got_M = (magnitude_N[self.index_MK] * self.weight_MK).sum(axis=1)
-            back_N = (got_M[self.channel_NC] * self.share_NC).sum(axis=1)
-            magnitude_N = magnitude_N * (spread_N / (back_N + 1e-12))
-        return magnitude_N
+            got_FM = (magnitude_FN.take(self.index_MK, axis=1) * self.weight_MK).sum(axis=2)
+            magnitude_FN = magnitude_FN * (spread_FN / (seen(got_FM) + 1e-12))
+        return magnitude_FN
 
 
 @lru_cache(maxsize=8)
@@ -242,6 +286,7 @@ def _tables(config: MelConfig, lookahead: int) -> _Tables:
         gain_S=_gain(window_W, hop, lookahead, lookahead + 1),
         known_gain_S=_gain(window_W, hop, lookahead, lookahead),
         steady_gain=hop / float((window_W**2).sum()),
+        index_KW=hop * np.arange(lookahead + 1)[:, None] + np.arange(window),
         index_MK=index_MK,
         weight_MK=weight_MK,
         channel_NC=channel_NC,
@@ -273,9 +318,10 @@ def _gain(
 
 
 def _overlap_add(
-    base_S: NDArray[np.float64], frames_KW: NDArray[np.float64], hop: int
+    base_RS: NDArray[np.float64], frames_RKW: NDArray[np.float64], hop: int
 ) -> NDArray[np.float64]:
-    sound_S = base_S.copy()
-    for index, frame_W in enumerate(frames_KW):
-        sound_S[index * hop : index * hop + len(frame_W)] += frame_W
-    return sound_S
+    sound_RS = base_RS.copy()
+    length = frames_RKW.shape[2]
+    for index in range(frames_RKW.shape[1]):
+        sound_RS[:, index * hop : index * hop + length] += frames_RKW[:, index]
+    return sound_RS
