@@ -79,6 +79,27 @@ def test_states_fork_and_rewind(mel_FM):
         assert np.array_equal(before, after)
 
 
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_sounds_are_made_together_with_the_bits_of_each_alone(mel_FM, lookahead):
+    starts = [0, 20, 3, 30]
+    vocoder = GriffinLim(lookahead=lookahead)
+    vocoder.push(mel_FM[:5])
+    own = vocoder.state()
+    alone = [GriffinLim(lookahead=lookahead) for _ in starts]
+    states: list[VocoderState | None] = [None] * len(starts)
+    for length in (7, 16):
+        parts = [mel_FM[start : start + length] for start in starts]
+        pcm_RS, states = vocoder.push_together(states, np.stack(parts))
+        for one, part, pcm_S, state in zip(alone, parts, pcm_RS, states, strict=True):
+            assert np.array_equal(pcm_S, one.push(part))
+            assert all(map(np.array_equal, state.arrays, one.state().arrays))
+    assert vocoder.state() is own
+    # Some begin, some go on.
+    pcm_RS, _ = vocoder.push_together([None, states[1]], np.stack([mel_FM[:4], mel_FM[9:13]]))
+    assert np.array_equal(pcm_RS[0], GriffinLim(lookahead=lookahead).push(mel_FM[:4]))
+    assert np.array_equal(pcm_RS[1], alone[1].push(mel_FM[9:13]))
+
+
 def test_wild_frames_stay_in_range():
     wild_FM = np.random.default_rng(1).normal(0, 30, (12, 80)).astype(np.float32)
     pcm_S = _whole(GriffinLim(), wild_FM)
@@ -102,6 +123,10 @@ def test_refusals_change_nothing(mel_FM):
         vocoder.restore(GriffinLim(MelConfig(num_mel_bins=40)).state())
     with pytest.raises(InvalidArgument, match=r"state: expected that of griffin-lim 200/800/80"):
         vocoder.restore(GriffinLim(lookahead=2).state())
+    with pytest.raises(InvalidArgument, match="states: expected 2, one for each sound, got 1"):
+        vocoder.push_together([None], np.stack([mel_FM[:3], mel_FM[:3]]))
+    with pytest.raises(InvalidArgument, match=r"state: expected that of griffin-lim 200/800/80"):
+        vocoder.push_together([GriffinLim(lookahead=2).state()], mel_FM[None, :3])
     with pytest.raises(InvalidArgument, match="lookahead: expected an integer of at least 0"):
         GriffinLim(lookahead=-1)
     with pytest.raises(InvalidArgument, match="num_iterations: expected at least 1, got 0"):

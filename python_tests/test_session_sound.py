@@ -307,6 +307,33 @@ def test_a_head_that_fails_ends_the_turn_that_asked_for_it():
         assert standing(sessions[1]) == before
 
 
+def test_a_sound_that_cannot_be_made_with_others_is_made_alone(monkeypatch: pytest.MonkeyPatch):
+    scripts = {1: SPEAK, 2: SPEAK, 3: SPEAK}
+    rows = []
+    real = GriffinLim.push_together
+
+    def push_together(self: GriffinLim, states: Any, mel_RFM: Any) -> Any:
+        rows.append(len(states))
+        if len(states) == 3:
+            raise TmlError("boom")
+        if rows == [3, 1, 1]:
+            raise TmlError("bang")
+        return real(self, states, mel_RFM)
+
+    with scripted(scripts), Engine(speaker(), max_sessions=3) as engine:
+        sessions = [engine.open(seed=seed) for seed in scripts]
+        before = standing(sessions[1])
+        monkeypatch.setattr(GriffinLim, "push_together", push_together)
+        with paused(sessions[0]):
+            turns = [one.append(noise(0)) for one in sessions]
+        for turn in (turns[0], turns[2]):
+            assert len(heard(turn.result(WAIT_S).events)) == 3200
+        with pytest.raises(TmlError, match="bang"):
+            turns[1].result(WAIT_S)
+        assert rows == [3, 1, 1, 1]
+        assert standing(sessions[1]) == before
+
+
 def test_a_step_that_fails_behind_a_sound_is_made_good(monkeypatch: pytest.MonkeyPatch):
     script = [SAY, CALL, 123, END_OUT, SILENCE]
     with scripted(script), talk() as session:

@@ -41,8 +41,8 @@ RunItem = int | Mel
 
 
 class Unheard(NamedTuple):
-    """A tick's sound that is whole: log10 frames float32 [F, M], to be made heard by ``vocoder`` from
-    its ``state``, None where it begins."""
+    """A tick's sound that is whole: log10 frames float32 [F, M], to be made heard by ``vocoder``
+    from its ``state``, None where it begins."""
 
     vocoder: Vocoder
     state: VocoderState | None

@@ -237,8 +237,8 @@ class _Tables(NamedTuple):
     index_KW: NDArray[np.intp]  # where the frames in work stand in the sound
     index_MK: NDArray[np.intp]
     weight_MK: NDArray[np.float64]
-    channel_NC: NDArray[np.intp]  # the channels that see a frequency, and how much
-    share_NC: NDArray[np.float64]
+    channel_CN: NDArray[np.intp]  # the two channels that see a frequency, and how much
+    share_CN: NDArray[np.float64]
     norm_M: NDArray[np.float64]
     silence: VocoderState
 
@@ -256,10 +256,12 @@ class _Tables(NamedTuple):
         # `take` keeps what is summed next to each other, so sums do not depend on F.
 
         def seen(value_FM: NDArray[np.float64]) -> NDArray[np.float64]:
-            found: NDArray[np.float64] = (
-                value_FM.take(self.channel_NC, axis=1) * self.share_NC
-            ).sum(axis=2)
-            return found
+            first_FN, second_FN = (
+                value_FM.take(channel_N, axis=1) * share_N
+                for channel_N, share_N in zip(self.channel_CN, self.share_CN, strict=True)
+            )
+            found_FN: NDArray[np.float64] = first_FN + second_FN
+            return found_FN
 
         spread_FN = seen(energy_FM)
         magnitude_FN = seen(energy_FM / self.norm_M)
@@ -277,8 +279,8 @@ def _tables(config: MelConfig, lookahead: int) -> _Tables:
     index_MK, weight_MK = filter_runs(filters_MN)
     num_lines = window // 2 + 1
     # Triangles overlap their neighbours only: a frequency is seen by two channels at most.
-    channel_NC = np.argsort(-filters_MN, axis=0, kind="stable")[:2].T
-    share_NC = np.take_along_axis(filters_MN, channel_NC.T, axis=0).T
+    channel_CN = np.argsort(-filters_MN, axis=0, kind="stable")[:2]
+    share_CN = np.take_along_axis(filters_MN, channel_CN, axis=0)
     overlap_M = (filters_MN @ filters_MN.T).sum(axis=1)
     return _Tables(
         window_W=window_W,
@@ -289,8 +291,8 @@ def _tables(config: MelConfig, lookahead: int) -> _Tables:
         index_KW=hop * np.arange(lookahead + 1)[:, None] + np.arange(window),
         index_MK=index_MK,
         weight_MK=weight_MK,
-        channel_NC=channel_NC,
-        share_NC=share_NC,
+        channel_CN=channel_CN,
+        share_CN=share_CN,
         norm_M=np.maximum(overlap_M, 1e-12),
         silence=VocoderState(
             f"griffin-lim {config.hop}/{config.window}/{config.num_mel_bins}",
