@@ -27,7 +27,8 @@ from faults_kit import (
 )
 from session_kit import paused, step_by_step
 from tml_core import Chunk, Engine, Retention, Session, errors
-from tml_core.layout.micro_turn import MicroTurnLayout, TickOutput
+from tml_core.layout.micro_turn import MicroTurnLayout
+from tml_core.layout.output import TickOutput
 
 SEED = 7
 

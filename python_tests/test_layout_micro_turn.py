@@ -26,7 +26,7 @@ from tml_core.layout import (
     TurnDone,
     as_chunk,
 )
-from tml_core.layout import micro_turn as micro_turn_module
+from tml_core.layout import output as output_module
 from tml_core.media import Audio, Image, MicroTurn, Tokens, dmel_bins, image_patches
 from tml_core.model import ModelConfig, load_tokenizer
 
@@ -249,7 +249,7 @@ def test_a_malformed_call_is_an_event_with_an_error(raw: str, error: str) -> Non
 
 
 def test_an_endless_call_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro_turn_module, "MAX_CALL_TOKENS", 3)
+    monkeypatch.setattr(output_module, "MAX_CALL_TOKENS", 3)
     output = nano_layout().begin_output(MicroTurnState())
     events = run(output, [CALL, 123, 123, 123])
     assert output.token_ids == [CALL, 123, 123, 123, END_CALL, END_OUT]

@@ -16,7 +16,7 @@ from tml_core.engine.seat import Seat, TickRecord
 from tml_core.errors import SnapshotError
 from tml_core.layout.chat_template import ChatLayout, ChatState
 from tml_core.layout.chunk import ToolResult
-from tml_core.layout.micro_turn import MicroTurnState
+from tml_core.layout.output import MicroTurnState
 from tml_core.sequence.sequence import Sequence
 from tml_core.sequence.snapshot import read_note
 

@@ -16,12 +16,8 @@ from tml_core.layout.events import (
     ToolCall,
     TurnDone,
 )
-from tml_core.layout.micro_turn import (
-    MicroTurnLayout,
-    MicroTurnState,
-    OutputGrammar,
-    TickOutput,
-)
+from tml_core.layout.micro_turn import MicroTurnLayout
+from tml_core.layout.output import MicroTurnState, OutputGrammar, TickOutput
 from tml_core.layout.sound import SOUND, Voice
 from tml_core.layout.state import EncodedInput, Layout, LayoutState, OutputHalf, Stream
 from tml_core.layout.text import TextCodec
