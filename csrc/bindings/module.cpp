@@ -62,6 +62,7 @@ NB_MODULE(_ext, m) {
 
   tml::bind_memory(m);
   tml::bind_cuda(m);
+  tml::bind_cuda_train(m);
   tml::bind_decoder_step(m);
   tml::bind_token_loop(m);
   tml::bind_linear(m);

@@ -7,6 +7,7 @@ namespace tml {
 
 void bind_memory(nanobind::module_& m);
 void bind_cuda(nanobind::module_& m);
+void bind_cuda_train(nanobind::module_& m);
 void bind_decoder_step(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_linear_logp(nanobind::module_& m);

@@ -11,13 +11,16 @@
 #include "ops/copy_pages.h"
 #include "ops/dmel_embed.h"
 #include "ops/embed.h"
+#include "ops/embed_bwd.h"
 #include "ops/hmlp_fold.h"
 #include "ops/linear.h"
 #include "ops/lm_head.h"
 #include "ops/moe.h"
 #include "ops/rms_norm.h"
+#include "ops/rms_norm_bwd.h"
 #include "ops/router.h"
 #include "ops/sconv_norm.h"
+#include "ops/sconv_norm_bwd.h"
 #include "ops/session_attn.h"
 
 namespace tml::cuda {
@@ -52,6 +55,16 @@ void pack_experts(const PackExpertsParams& p, const Launch& launch);
 std::size_t moe_workspace_bytes(const MoeParams& p);
 void moe(const MoeParams& p, const Launch& launch);
 void sconv_norm(const SconvNormParams& p, const Launch& launch);
+
+// Gradients of rows. The order of the sums is that of csrc/ops, so the bits are the CPU's.
+std::size_t rms_norm_bwd_workspace_bytes(const RmsNormBwdParams& p);
+void rms_norm_bwd(const RmsNormBwdParams& p, const Launch& launch);
+std::size_t embed_bwd_workspace_bytes(const EmbedBwdParams& p);
+void embed_bwd(const EmbedBwdParams& p, const Launch& launch);
+std::size_t dmel_embed_bwd_workspace_bytes(const DmelEmbedBwdParams& p);
+void dmel_embed_bwd(const DmelEmbedBwdParams& p, const Launch& launch);
+std::size_t sconv_norm_bwd_workspace_bytes(const SconvNormBwdParams& p);
+void sconv_norm_bwd(const SconvNormBwdParams& p, const Launch& launch);
 
 void hmlp_fold(const HmlpFoldParams& p, const Launch& launch);
 void copy_pages(const CopyPagesParams& p, const Launch& launch);

@@ -75,10 +75,9 @@ TML_DEVICE float log_poly(float x) {
 
 TML_DEVICE float silu(float x) { return __fdiv_rn(x, __fadd_rn(1.0f, exp_poly(-x))); }
 
-// x/2 (1 + erf(x / sqrt 2)), erf by a rational minimax fit on [-4, 4], saturated outside.
-TML_DEVICE float gelu(float x) {
-  float c = __fmul_rn(x, 0.70710678118654752f);
-  c = -4.0f > c ? -4.0f : c;
+// erf by a rational minimax fit on [-4, 4], saturated outside.
+TML_DEVICE float erf_poly(float x) {
+  float c = -4.0f > x ? -4.0f : x;
   c = 4.0f < c ? 4.0f : c;
   const float z = __fmul_rn(c, c);
   float p = -2.72614225801306e-10f;
@@ -93,8 +92,13 @@ TML_DEVICE float gelu(float x) {
   q = __fmaf_rn(q, z, -1.68282697438203e-03f);
   q = __fmaf_rn(q, z, -7.37332916720468e-03f);
   q = __fmaf_rn(q, z, -1.42647390514189e-02f);
+  return __fdiv_rn(__fmul_rn(c, p), q);
+}
+
+// x/2 (1 + erf(x / sqrt 2))
+TML_DEVICE float gelu(float x) {
   const float half = __fmul_rn(x, 0.5f);
-  return __fmaf_rn(half, __fdiv_rn(__fmul_rn(c, p), q), half);
+  return __fmaf_rn(half, erf_poly(__fmul_rn(x, 0.70710678118654752f)), half);
 }
 
 // Sum over the lanes of a warp, the same tree and so the same bits in every lane.

@@ -1,0 +1,209 @@
+// The gradients of the row ops on the device, run on the host: the CPU kernels' bits.
+#include <algorithm>
+
+#include "cpu/cpu.h"
+#include "tests/cuda_kit.h"
+
+namespace tml::tests {
+namespace {
+
+template <class T>
+std::vector<T> random_values(std::int64_t count, std::uint64_t seed);
+template <>
+std::vector<float> random_values(std::int64_t count, std::uint64_t seed) {
+  return random_f32(static_cast<std::size_t>(count), seed);
+}
+template <>
+std::vector<std::uint16_t> random_values(std::int64_t count, std::uint64_t seed) {
+  return random_bf16(static_cast<std::size_t>(count), seed);
+}
+template <class T>
+T poison();
+template <>
+float poison() {
+  return __builtin_nanf("");
+}
+template <>
+std::uint16_t poison() {
+  return kPoison;
+}
+template <class T>
+std::vector<T> poisoned(std::int64_t count) {
+  return std::vector<T>(static_cast<std::size_t>(count), poison<T>());
+}
+template <class T>
+constexpr DType dtype_of() {
+  return sizeof(T) == 2 ? DType::kBf16 : DType::kF32;
+}
+
+// NaN where nobody wrote is equal too: bits are compared.
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+// run(launch) with exactly the workspace asked for, poisoned.
+template <class Run>
+void with_workspace(std::size_t num_bytes, const Run& run) {
+  std::vector<float> workspace(num_bytes / sizeof(float) + 1, poison<float>());
+  run(host_launch(workspace.data(), num_bytes));
+}
+
+template <class T>
+void check_rms_norm_bwd(std::int64_t rows, std::int64_t dim, float divisor, bool gelu) {
+  const std::int64_t stride = dim + 3;
+  const auto x = random_values<T>(rows * stride, 1), dy = random_values<T>(rows * stride, 2);
+  const auto weight = random_values<T>(dim, 3);
+  auto ours = poisoned<T>(rows * stride), theirs = ours;
+  auto our_weight = poisoned<T>(dim), their_weight = our_weight;
+  RmsNormBwdParams p{dy.data(), x.data(), weight.data(), ours.data(),   our_weight.data(),
+                     stride,    stride,   stride,        rows,          dim,
+                     1e-6f,     divisor,  gelu,          dtype_of<T>(), 1};
+  with_workspace(cuda::rms_norm_bwd_workspace_bytes(p),
+                 [&](const cuda::Launch& launch) { cuda::rms_norm_bwd(p, launch); });
+  p.dx = theirs.data();
+  p.dweight = their_weight.data();
+  cpu::rms_norm_bwd(p);
+  TML_CHECK(same_bits(ours, theirs));
+  TML_CHECK(same_bits(our_weight, their_weight));
+}
+
+TML_TEST(cuda_rms_norm_bwd_is_the_op) {
+  for (const std::int64_t dim : {1, 19, 256, 1000}) {
+    check_rms_norm_bwd<std::uint16_t>(3, dim, 1.0f, false);
+    check_rms_norm_bwd<std::uint16_t>(17, dim, 3.0f, true);
+    check_rms_norm_bwd<float>(2, dim, 1.0f, true);
+  }
+  check_rms_norm_bwd<std::uint16_t>(1030, 24, 1.0f, false);  // more than two blocks of tokens
+  check_rms_norm_bwd<float>(0, 24, 1.0f, false);
+}
+
+template <class T>
+void check_embed_bwd(std::int64_t num_tokens, std::int64_t num_ids, std::int64_t dim) {
+  const std::int64_t stride = dim + 5;
+  const auto table = random_values<T>(num_ids * stride, 1),
+             dy = random_values<T>(num_tokens * dim, 2);
+  const auto weight = random_values<T>(dim, 3);
+  Random random(4);
+  std::vector<std::int64_t> ids(static_cast<std::size_t>(num_tokens));
+  for (std::int64_t& id : ids) id = random.below(num_ids);
+  std::vector<T> ours(static_cast<std::size_t>(num_ids * dim)), theirs = ours;
+  auto our_weight = poisoned<T>(dim), their_weight = our_weight;
+  EmbedBwdParams p{
+      dy.data(), ids.data(), table.data(), weight.data(), ours.data(), our_weight.data(), dim,
+      stride,    num_tokens, num_ids,      dim,           1e-6f,       dtype_of<T>(),     1};
+  with_workspace(cuda::embed_bwd_workspace_bytes(p),
+                 [&](const cuda::Launch& launch) { cuda::embed_bwd(p, launch); });
+  p.dtable = theirs.data();
+  p.dweight = their_weight.data();
+  cpu::embed_bwd(p);
+  TML_CHECK(same_bits(ours, theirs));
+  TML_CHECK(same_bits(our_weight, their_weight));
+}
+
+TML_TEST(cuda_embed_bwd_is_the_op) {
+  check_embed_bwd<std::uint16_t>(5, 9, 1100);  // columns of two blocks of threads
+  check_embed_bwd<float>(40, 3, 19);
+  check_embed_bwd<std::uint16_t>(1100, 7, 16);  // an id's tokens in three blocks
+  check_embed_bwd<float>(0, 4, 16);
+}
+
+template <class T>
+void check_dmel_embed_bwd(std::int64_t frames, std::int64_t channels, std::int64_t levels,
+                          std::int64_t dim) {
+  const std::int64_t rows = channels * levels, stride = dim + 1;
+  const auto table = random_values<T>(rows * stride, 1), dy = random_values<T>(frames * dim, 2);
+  const auto weight = random_values<T>(dim, 3);
+  Random random(4);
+  std::vector<std::int32_t> bins(static_cast<std::size_t>(frames * channels));
+  for (std::int32_t& bin : bins) bin = static_cast<std::int32_t>(random.below(levels));
+  std::vector<T> ours(static_cast<std::size_t>(rows * dim)), theirs = ours;
+  auto our_weight = poisoned<T>(dim), their_weight = our_weight;
+  DmelEmbedBwdParams p{dy.data(),     bins.data(),   table.data(),
+                       weight.data(), ours.data(),   our_weight.data(),
+                       dim,           stride,        frames,
+                       channels,      levels,        dim,
+                       1e-6f,         dtype_of<T>(), 1};
+  with_workspace(cuda::dmel_embed_bwd_workspace_bytes(p),
+                 [&](const cuda::Launch& launch) { cuda::dmel_embed_bwd(p, launch); });
+  p.dtable = theirs.data();
+  p.dweight = their_weight.data();
+  cpu::dmel_embed_bwd(p);
+  TML_CHECK(same_bits(ours, theirs));
+  TML_CHECK(same_bits(our_weight, their_weight));
+}
+
+TML_TEST(cuda_dmel_embed_bwd_is_the_op) {
+  check_dmel_embed_bwd<std::uint16_t>(19, 5, 4, 40);
+  check_dmel_embed_bwd<float>(3, 2, 16, 1030);
+  check_dmel_embed_bwd<std::uint16_t>(600, 2, 3, 16);
+}
+
+template <class T>
+void check_sconv_norm_bwd(const std::vector<std::int32_t>& cu, std::int64_t dim, bool has_norm) {
+  const std::int64_t tokens = cu.back(), stride = dim + 8;
+  const auto dnormed = random_values<T>(tokens * stride, 1);
+  const auto dsum = random_values<T>(tokens * stride, 2), x = random_values<T>(tokens * stride, 3);
+  const auto sum = random_values<T>(tokens * stride, 4), weight = random_values<T>(dim, 5);
+  const auto taps = random_f32(static_cast<std::size_t>(dim * 4), 6);
+  std::vector<T> dx[2], dresidual[2], dnorm[2];
+  std::vector<float> dconv[2];
+  for (int i = 0; i < 2; ++i) {
+    dx[i] = dresidual[i] = poisoned<T>(tokens * dim);
+    dnorm[i] = poisoned<T>(dim);
+    dconv[i] = poisoned<float>(dim * 4);
+    SconvNormBwdParams p{};
+    p.dnormed = has_norm ? dnormed.data() : nullptr;
+    p.dsum = dsum.data();
+    p.x = x.data();
+    p.sum = sum.data();
+    p.conv_weight = taps.data();
+    p.norm_weight = has_norm ? weight.data() : nullptr;
+    p.cu_tokens = cu.data();
+    p.dx = dx[i].data();
+    p.dresidual = dresidual[i].data();
+    p.dconv = dconv[i].data();
+    p.dnorm = has_norm ? dnorm[i].data() : nullptr;
+    p.dnormed_row_stride = p.dsum_row_stride = p.x_row_stride = p.sum_row_stride = stride;
+    p.num_seqs = static_cast<std::int64_t>(cu.size()) - 1;
+    p.num_tokens = tokens;
+    p.dim = dim;
+    p.eps = 1e-6f;
+    p.dtype = dtype_of<T>();
+    p.num_threads = 1;
+    if (i == 0)
+      with_workspace(cuda::sconv_norm_bwd_workspace_bytes(p),
+                     [&](const cuda::Launch& launch) { cuda::sconv_norm_bwd(p, launch); });
+    else
+      cpu::sconv_norm_bwd(p);
+  }
+  TML_CHECK(same_bits(dx[0], dx[1]));
+  TML_CHECK(same_bits(dresidual[0], dresidual[1]));
+  TML_CHECK(same_bits(dconv[0], dconv[1]));
+  TML_CHECK(same_bits(dnorm[0], dnorm[1]));
+}
+
+TML_TEST(cuda_sconv_norm_bwd_is_the_op) {
+  const std::vector<std::int32_t> ragged = {0, 0, 1, 3, 3, 8, 19, 19};
+  check_sconv_norm_bwd<std::uint16_t>(ragged, 48, true);
+  check_sconv_norm_bwd<float>(ragged, 272, true);
+  check_sconv_norm_bwd<std::uint16_t>(ragged, 32, false);
+  check_sconv_norm_bwd<std::uint16_t>({0, 510, 515, 1027}, 16, true);
+}
+
+TML_TEST(cuda_gradients_refuse_a_small_workspace) {
+  RmsNormBwdParams p{};
+  p.num_rows = 4;
+  p.dim = 16;
+  p.dtype = DType::kF32;
+  bool is_refused = false;
+  try {
+    cuda::rms_norm_bwd(p, host_launch());
+  } catch (const std::invalid_argument& error) {
+    is_refused = std::string(error.what()).find("rms_norm_bwd: workspace must be at least") == 0;
+  }
+  TML_CHECK(is_refused);
+}
+
+}  // namespace
+}  // namespace tml::tests
