@@ -14,6 +14,7 @@
 #include "ops/embed_bwd.h"
 #include "ops/hmlp_fold.h"
 #include "ops/linear.h"
+#include "ops/linear_train.h"
 #include "ops/lm_head.h"
 #include "ops/moe.h"
 #include "ops/rms_norm.h"
@@ -65,6 +66,15 @@ std::size_t dmel_embed_bwd_workspace_bytes(const DmelEmbedBwdParams& p);
 void dmel_embed_bwd(const DmelEmbedBwdParams& p, const Launch& launch);
 std::size_t sconv_norm_bwd_workspace_bytes(const SconvNormBwdParams& p);
 void sconv_norm_bwd(const SconvNormBwdParams& p, const Launch& launch);
+
+// Products on plain matrices, bf16 alone: chains of the tensor core, cut where csrc/ops cuts them.
+// Rows of x and dy are sixteen-byte aligned; in_dim of the first, out_dim of the second above 0.
+std::size_t linear_plain_workspace_bytes(const LinearPlainParams& p);
+void linear_plain(const LinearPlainParams& p, const Launch& launch);
+std::size_t linear_dgrad_workspace_bytes(const LinearDgradParams& p);
+void linear_dgrad(const LinearDgradParams& p, const Launch& launch);
+std::size_t linear_wgrad_workspace_bytes(const LinearWgradParams& p);
+void linear_wgrad(const LinearWgradParams& p, const Launch& launch);
 
 void hmlp_fold(const HmlpFoldParams& p, const Launch& launch);
 void copy_pages(const CopyPagesParams& p, const Launch& launch);

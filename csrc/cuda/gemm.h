@@ -10,9 +10,12 @@
 // cp.async writes through the generic proxy and wgmma reads through the asynchronous one: each
 // consumer thread fences between waiting for full[s] and reading.
 //
-// Op: Params; kWeightsAreStatic (weights of a block's first tile may be fetched before the kernels
-// before this one end); num_tiles(p), tile(p, i) -> Tile {weight, token_begin, num_tokens, row,
-// ...}, token_row(p, tile, i) -> first element of a token's row; store(p, tile, group, d).
+// Op: Params; weights_are_static(p) (weights of a block's first tile may be fetched before the
+// kernels before this one end); num_tiles(p), tile(p, i) -> Tile {weight, token_begin, num_tokens,
+// row,
+// ...}, token_row(p, tile, i) -> first element of a token's row; store(p, tile, group, d). An Op
+// that kPromotes also has chain_blocks(p), the k blocks of one accumulator: their results are added
+// up in fp32, in ascending order, to what start(p, tile, group, total) puts there.
 #pragma once
 
 #include "cuda/launch.h"
@@ -86,7 +89,7 @@ gemm_kernel(const TML_GRID_CONSTANT typename Op::Params p) {
                   kBlockBytes, full + s, once);
     };
     int ahead = 0;  // stages of the first tile whose weights are under way
-    if constexpr (Op::kWeightsAreStatic) {
+    if (Op::weights_are_static(p)) {
       if (static_cast<int>(blockIdx.x) < Op::num_tiles(p)) {
         const GemmTile first = Op::tile(p, static_cast<int>(blockIdx.x));
         ahead = k_blocks < Shape::kStages ? k_blocks : Shape::kStages;
@@ -138,7 +141,9 @@ gemm_kernel(const TML_GRID_CONSTANT typename Op::Params p) {
   for (int i = static_cast<int>(blockIdx.x); i < num_tiles; i += static_cast<int>(gridDim.x)) {
     const GemmTile tile = Op::tile(p, i);
     float d[kTokens / 2];
-    int previous = -1;
+    float total[Op::kPromotes ? kTokens / 2 : 1];
+    if constexpr (Op::kPromotes) Op::start(p, tile, consumer, total);
+    int previous = -1, chain = 0;  // k blocks in the accumulator
     for (int k = 0; k < k_blocks; ++k) {
       mbarrier_wait(full + stage, phase);
       proxy_fence();
@@ -150,19 +155,32 @@ gemm_kernel(const TML_GRID_CONSTANT typename Op::Params p) {
         Wgmma<kTokens>::mma(
             d, weight_descriptor(base + static_cast<std::uint32_t>(consumer * kBlockBytes), step),
             token_descriptor(base + static_cast<std::uint32_t>(Shape::kWeightBytes), step),
-            (k | step) != 0);
+            (chain | step) != 0);
       wgmma_commit();
+      ++chain;
       wgmma_hold(d);
       // The group before this one is done: its stage may be filled again.
       wgmma_wait<1>();
       if (previous >= 0 && thread % 32 == 0) mbarrier_arrive(empty + previous);
       previous = stage;
       next_stage();
+      if constexpr (Op::kPromotes) {
+        if (chain < Op::chain_blocks(p) && k + 1 < k_blocks) continue;
+        wgmma_wait<0>();
+        wgmma_hold(d);
+#pragma unroll
+        for (int j = 0; j < kTokens / 2; ++j) total[j] = __fadd_rn(total[j], d[j]);
+        chain = 0;
+      }
     }
     wgmma_wait<0>();
     wgmma_hold(d);
     if (previous >= 0 && thread % 32 == 0) mbarrier_arrive(empty + previous);
-    if (consumer < tile.num_blocks) Op::store(p, tile, consumer, d);
+    if (consumer >= tile.num_blocks) continue;
+    if constexpr (Op::kPromotes)
+      Op::store(p, tile, consumer, total);
+    else
+      Op::store(p, tile, consumer, d);
   }
 }
 

@@ -16,9 +16,11 @@ struct LinearOp {
     std::int64_t x_row_stride, y_row_stride;
     std::int64_t num_tokens, in_dim, out_dim;
     bool pairs_are_aligned;
+    bool are_static;
   };
-  static constexpr bool kWeightsAreStatic = true;
+  static constexpr bool kPromotes = false;
 
+  static TML_HOST_DEVICE bool weights_are_static(const Params& p) { return p.are_static; }
   static TML_HOST_DEVICE int token_tiles(const Params& p) {
     return static_cast<int>((p.num_tokens + kTokens - 1) / kTokens);
   }
@@ -69,25 +71,36 @@ struct LinearOp {
   }
 };
 
+// The operands as the kernel takes them.
+template <class Params>
+Params linear_operands(const LinearParams& p, bool are_static) {
+  Params out{};
+  out.x = static_cast<const Bf16*>(p.x);
+  out.weight = static_cast<const Bf16*>(p.weight);
+  out.y = static_cast<decltype(out.y)>(p.y);
+  out.x_row_stride = p.x_row_stride;
+  out.y_row_stride = p.y_row_stride;
+  out.num_tokens = p.num_tokens;
+  out.in_dim = p.in_dim;
+  out.out_dim = p.out_dim;
+  out.pairs_are_aligned = p.y_row_stride % 2 == 0 && reinterpret_cast<std::uintptr_t>(p.y) % 4 == 0;
+  out.are_static = are_static;
+  return out;
+}
+
+// linear of a weight that a kernel just before may still be writing.
+void linear_of_fresh(const LinearParams& p, const Launch& launch);
+
 template <class Y, int kTokens, int kConsumers>
-void linear_tiled(const LinearParams& p, const Launch& launch) {
+void linear_tiled(const LinearParams& p, bool are_static, const Launch& launch) {
   using Op = LinearOp<Y, kTokens, kConsumers>;
-  const typename Op::Params params{
-      static_cast<const Bf16*>(p.x),
-      static_cast<const Bf16*>(p.weight),
-      static_cast<Y*>(p.y),
-      p.x_row_stride,
-      p.y_row_stride,
-      p.num_tokens,
-      p.in_dim,
-      p.out_dim,
-      p.y_row_stride % 2 == 0 && reinterpret_cast<std::uintptr_t>(p.y) % 4 == 0};
+  const auto params = linear_operands<typename Op::Params>(p, are_static);
   launch_gemm<Op, kTokens, kConsumers>("linear", launch, params, Op::num_tiles(params));
 }
 
 #define TML_EACH_LINEAR(X, Y) X(Y, 8, 1) X(Y, 16, 1) X(Y, 32, 1) X(Y, 64, 1) X(Y, 256, 2)
 #define TML_DECLARE_LINEAR(Y, tokens, consumers) \
-  extern template void linear_tiled<Y, tokens, consumers>(const LinearParams&, const Launch&);
+  extern template void linear_tiled<Y, tokens, consumers>(const LinearParams&, bool, const Launch&);
 TML_EACH_LINEAR(TML_DECLARE_LINEAR, float)
 TML_EACH_LINEAR(TML_DECLARE_LINEAR, Bf16)
 #undef TML_DECLARE_LINEAR

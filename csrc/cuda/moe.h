@@ -51,8 +51,9 @@ struct MoeGemmParams {
 
 template <int kTokens, int kConsumers>
 struct MoeTiles {
-  static constexpr bool kWeightsAreStatic = false;
+  static constexpr bool kPromotes = false;
 
+  static TML_HOST_DEVICE bool weights_are_static(const MoeGemmParams&) { return false; }
   static TML_HOST_DEVICE int row_steps(const MoeGemmParams& p) {
     return static_cast<int>((p.row_blocks + kConsumers - 1) / kConsumers);
   }

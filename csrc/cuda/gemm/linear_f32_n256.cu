@@ -1,5 +1,5 @@
 #include "cuda/linear.h"
 
 namespace tml::cuda {
-template void linear_tiled<float, 256, 2>(const LinearParams&, const Launch&);
+template void linear_tiled<float, 256, 2>(const LinearParams&, bool, const Launch&);
 }  // namespace tml::cuda
