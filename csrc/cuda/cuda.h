@@ -14,6 +14,7 @@
 #include "ops/embed_bwd.h"
 #include "ops/hmlp_fold.h"
 #include "ops/linear.h"
+#include "ops/linear_logp.h"
 #include "ops/linear_train.h"
 #include "ops/lm_head.h"
 #include "ops/moe.h"
@@ -75,6 +76,22 @@ std::size_t linear_dgrad_workspace_bytes(const LinearDgradParams& p);
 void linear_dgrad(const LinearDgradParams& p, const Launch& launch);
 std::size_t linear_wgrad_workspace_bytes(const LinearWgradParams& p);
 void linear_wgrad(const LinearWgradParams& p, const Launch& launch);
+
+// How linear_logp goes over tokens: `room` of them at a time (speed alone), and `chain` in one
+// accumulator of dw, which is of the contract. room is a multiple of chain, or all tokens.
+struct LogpTiling {
+  std::int64_t chain, room;
+};
+constexpr LogpTiling logp_tiling(std::int64_t vocab_size) {
+  const std::int64_t chain = logp_block(vocab_size);
+  return {chain, std::max(chain, kLogitRoom / vocab_size / chain * chain)};
+}
+// Log-probabilities are those of lm_head_logprobs; the entropy is -sum p ln p, per thread of 256 an
+// fma chain, then the tree of row_sum. A weight may come from a kernel just before.
+std::size_t linear_logp_workspace_bytes(const LinearLogpParams& p, LogpTiling tiling);
+void linear_logp(const LinearLogpParams& p, LogpTiling tiling, const Launch& launch);
+std::size_t linear_logp_bwd_workspace_bytes(const LinearLogpBwdParams& p, LogpTiling tiling);
+void linear_logp_bwd(const LinearLogpBwdParams& p, LogpTiling tiling, const Launch& launch);
 
 void hmlp_fold(const HmlpFoldParams& p, const Launch& launch);
 void copy_pages(const CopyPagesParams& p, const Launch& launch);

@@ -6,8 +6,9 @@
 // memory.
 #include "core/philox.h"
 #include "cuda/cuda.h"
+#include "cuda/linear.h"
 #include "cuda/row.h"
-#include "ops/lm_head.h"
+#include "cuda/vocab.h"
 
 namespace tml::cuda {
 namespace {
@@ -347,12 +348,25 @@ struct VocabWorkspace {
   }
 };
 
-void run(const char* op, const LmHeadInput& in, VocabParams p, const Launch& launch) {
+void run(const char* op, const LmHeadInput& in, bool is_static, VocabParams p,
+         const Launch& launch) {
   const VocabWorkspace work(in, launch.workspace);
   check_workspace(op, launch, work.num_bytes);
-  linear({in.h, in.weight, work.logits, in.h_row_stride, in.vocab_size, in.num_tokens, in.in_dim,
-          in.vocab_size, DType::kBf16, DType::kF32, 0},
-         launch);
+  const LinearParams product{in.h,
+                             in.weight,
+                             work.logits,
+                             in.h_row_stride,
+                             in.vocab_size,
+                             in.num_tokens,
+                             in.in_dim,
+                             in.vocab_size,
+                             DType::kBf16,
+                             DType::kF32,
+                             0};
+  if (is_static)
+    linear(product, launch);
+  else
+    linear_of_fresh(product, launch);
   p.logits = work.logits;
   p.sums = work.sums;
   p.lse = work.lse;
@@ -381,7 +395,16 @@ void lm_head_logprobs(const LmHeadLogprobsParams& p, const Launch& launch) {
   VocabParams params{};
   params.targets = p.targets;
   params.logprobs = p.logprobs;
-  run("lm_head_logprobs", p.input, params, launch);
+  run("lm_head_logprobs", p.input, true, params, launch);
+}
+
+VocabRows vocab_logprobs(const char* op, const LmHeadLogprobsParams& p, const Launch& launch) {
+  VocabParams params{};
+  params.targets = p.targets;
+  params.logprobs = p.logprobs;
+  run(op, p.input, false, params, launch);
+  const VocabWorkspace work(p.input, launch.workspace);
+  return {work.logits, work.lse};
 }
 
 void lm_head_sample(const LmHeadSampleParams& p, const Launch& launch) {
@@ -389,7 +412,7 @@ void lm_head_sample(const LmHeadSampleParams& p, const Launch& launch) {
   VocabParams params{};
   params.sample = p;
   params.logprobs = p.logprobs;
-  run("lm_head_sample", p.input, params, launch);
+  run("lm_head_sample", p.input, true, params, launch);
 }
 
 }  // namespace tml::cuda

@@ -181,5 +181,100 @@ TML_TEST(cuda_lm_head_samples_what_the_cpu_samples) {
   TML_CHECK_EQUAL(their_logprobs[0], our_logprobs[2]);
 }
 
+// linear_logp and its gradients of a head, in passes of `room` tokens.
+struct LogpRun {
+  std::vector<float> logprobs, entropy, bwd_logprobs;
+  std::vector<std::uint16_t> dh, dw;
+
+  LogpRun(const Head& head, const std::vector<std::int64_t>& targets,
+          const std::vector<float>& d_logprobs, const std::vector<float>* d_entropy,
+          std::int64_t num_rows, cuda::LogpTiling tiling)
+      : logprobs(targets.size()),
+        entropy(targets.size()),
+        bwd_logprobs(targets.size()),
+        dh(head.h.size(), kPoison),
+        dw(static_cast<std::size_t>(num_rows * head.dim), kPoison) {
+    const LinearLogpParams fwd{head.input(), targets.data(), logprobs.data(), entropy.data(), 1};
+    LinearLogpBwdParams bwd{};
+    bwd.input = head.input();
+    bwd.weight = head.w.data();
+    bwd.weight_row_stride = head.dim;
+    bwd.num_rows = num_rows;
+    bwd.targets = targets.data();
+    bwd.d_logprobs = d_logprobs.data();
+    bwd.d_entropy = d_entropy == nullptr ? nullptr : d_entropy->data();
+    bwd.logprobs = bwd_logprobs.data();
+    bwd.dh = dh.data();
+    bwd.dw = dw.data();
+    std::vector<unsigned char> memory;
+    const auto lend = [&](std::size_t needed) {
+      memory.assign(needed + 256, 0xff);
+      const auto base = (reinterpret_cast<std::uintptr_t>(memory.data()) + 255) / 256 * 256;
+      return host_launch(reinterpret_cast<void*>(base), needed);
+    };
+    cuda::linear_logp(fwd, tiling, lend(cuda::linear_logp_workspace_bytes(fwd, tiling)));
+    cuda::linear_logp_bwd(bwd, tiling, lend(cuda::linear_logp_bwd_workspace_bytes(bwd, tiling)));
+  }
+};
+
+void check_logp(bool has_entropy) {
+  const std::int64_t tokens = 40, dim = 24, vocab = 200, num_rows = 203;
+  const Head head(tokens, dim, vocab);
+  Random random(5);
+  std::vector<std::int64_t> targets(static_cast<std::size_t>(tokens));
+  for (std::int64_t& target : targets) target = random.below(vocab);
+  const auto g = random_f32(targets.size(), 6), ge = random_f32(targets.size(), 7);
+  const auto* d_entropy = has_entropy ? &ge : nullptr;
+  const LogpRun whole(head, targets, g, d_entropy, num_rows, {16, 48});
+  const LogpRun passes(head, targets, g, d_entropy, num_rows, {16, 16});
+  TML_CHECK(whole.logprobs == passes.logprobs);
+  TML_CHECK(whole.logprobs == passes.bwd_logprobs);
+  TML_CHECK(whole.entropy == passes.entropy);
+  TML_CHECK(whole.dh == passes.dh);
+  TML_CHECK(whole.dw == passes.dw);
+
+  std::vector<double> dh(head.h.size(), 0.0), dw(static_cast<std::size_t>(num_rows * dim), 0.0);
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const auto row = static_cast<std::size_t>(t);
+    const auto logits = head.logits(t);
+    const double lse = log_sum_exp(logits);
+    double entropy = 0.0;
+    for (const double l : logits) entropy -= std::exp(l - lse) * (l - lse);
+    TML_CHECK_NEAR(whole.entropy[row], entropy, 1e-4);
+    TML_CHECK_NEAR(whole.logprobs[row], logits[static_cast<std::size_t>(targets[row])] - lse, 1e-4);
+    for (std::int64_t n = 0; n < vocab; ++n) {
+      const double logp = logits[static_cast<std::size_t>(n)] - lse, prob = std::exp(logp);
+      double dl = static_cast<double>(g[row]) * ((n == targets[row] ? 1.0 : 0.0) - prob);
+      if (has_entropy) dl -= static_cast<double>(ge[row]) * prob * (logp + entropy);
+      for (std::int64_t k = 0; k < dim; ++k) {
+        const auto h_at = static_cast<std::size_t>(t * dim + k);
+        const auto w_at = static_cast<std::size_t>(n * dim + k);
+        dh[h_at] += dl * static_cast<double>(to_float(head.w[w_at]));
+        dw[w_at] += dl * static_cast<double>(to_float(head.h[h_at]));
+      }
+    }
+  }
+  // dl is rounded to bf16, and so is the result; sums are of a few large terms.
+  for (std::size_t i = 0; i < dh.size(); ++i)
+    TML_CHECK_NEAR(to_float(whole.dh[i]), dh[i], 0x1p-7 * std::fabs(dh[i]) + 0.01);
+  for (std::size_t i = 0; i < dw.size(); ++i)
+    TML_CHECK_NEAR(to_float(whole.dw[i]), dw[i], 0x1p-7 * std::fabs(dw[i]) + 0.02);
+  for (std::size_t i = static_cast<std::size_t>(vocab * dim); i < dw.size(); ++i)
+    TML_CHECK_EQUAL(whole.dw[i], 0);
+}
+
+TML_TEST(cuda_linear_logp_is_the_op_in_any_passes) {
+  check_logp(false);
+  check_logp(true);
+}
+
+TML_TEST(cuda_logp_tiling_is_the_contract_chain) {
+  for (const std::int64_t vocab : {91, 50000, 201024, 3000000}) {
+    const cuda::LogpTiling tiling = cuda::logp_tiling(vocab);
+    TML_CHECK_EQUAL(tiling.chain, logp_block(vocab));
+    TML_CHECK(tiling.room >= tiling.chain && tiling.room % tiling.chain == 0);
+  }
+}
+
 }  // namespace
 }  // namespace tml::tests
