@@ -17,6 +17,8 @@ from tml_core.ops.philox import FLOW_STREAM, philox4x32_reference
 __all__ = ["flow_noise", "flow_uniform"]
 
 _LN2: Final = math.log(2.0)
+_MASK: Final = 2**64 - 1
+_ROWS: Final = 64  # at a time, whose numbers fit a cache
 _UNIFORM_WORD: Final = 0xFFFFFFFF  # of a counter that no block of noise reaches
 
 
@@ -33,35 +35,41 @@ def flow_noise(
             f"flow_noise: expected a position for each of {len(seeds)} seeds, got {len(positions)}"
         )
     noise_BK = np.empty((len(seeds), count), np.float32)
-    for row, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
-        words = _words(seed, position, np.arange(-(-count // 4), dtype=np.uint32), stream)
+    index_N = np.arange(-(-count // 4), dtype=np.uint32)
+    for first in range(0, len(seeds), _ROWS):
+        rows = slice(first, first + _ROWS)
+        words_BN4 = _words(seeds[rows], positions[rows], index_N, stream)
         # Word pairs (0, 1) and (2, 3) give two numbers each.
-        uniform = (words.reshape(-1, 2).astype(np.float64) + 0.5) * 2.0**-32
+        uniform = (words_BN4.reshape(-1, 2).astype(np.float64) + 0.5) * 2.0**-32
         radius = np.sqrt(-2.0 * _log(uniform[:, 0]))
         cosine, sine = _turn(uniform[:, 1])
         pairs = np.stack((radius * cosine, radius * sine), axis=1)
-        noise_BK[row] = pairs.reshape(-1)[:count]
+        noise_BK[rows] = pairs.reshape(len(words_BN4), -1)[:, :count]
     return torch.from_numpy(noise_BK)
 
 
 def flow_uniform(seed: int, positions: Sequence[int], stream: int) -> NDArray[np.float64]:
     """One number in (0, 1) for each position, independent of their noise: float64 [B]."""
     index = np.array([_UNIFORM_WORD], dtype=np.uint32)
-    words = [_words(seed, position, index, stream)[0, 0] for position in positions]
-    uniform: NDArray[np.float64] = (np.array(words, dtype=np.float64) + 0.5) * 2.0**-32
+    words_B = _words([seed] * len(positions), positions, index, stream)[:, 0, 0]
+    uniform: NDArray[np.float64] = (words_B.astype(np.float64) + 0.5) * 2.0**-32
     return uniform
 
 
 def _words(
-    seed: int, position: int, index_N: NDArray[np.uint32], stream: int
+    seeds: Sequence[int], positions: Sequence[int], index_N: NDArray[np.uint32], stream: int
 ) -> NDArray[np.uint32]:
-    """uint32 [N, 4]: the blocks ``index_N`` of (seed, position)."""
-    counters = np.empty((len(index_N), 4), dtype=np.uint32)
-    counters[:, 0] = index_N
-    counters[:, 1] = position & 0xFFFFFFFF
-    counters[:, 2] = position >> 32 & 0xFFFFFFFF
-    counters[:, 3] = stream
-    return philox4x32_reference(counters, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    """uint32 [B, N, 4]: the blocks ``index_N`` of each (seed, position)."""
+    seed_B1, position_B1 = (
+        np.array([one & _MASK for one in part], np.uint64)[:, None] for part in (seeds, positions)
+    )
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    counters = np.empty((len(seeds), len(index_N), 4), dtype=np.uint32)
+    counters[..., 0] = index_N
+    counters[..., 1] = position_B1 & low
+    counters[..., 2] = position_B1 >> half
+    counters[..., 3] = stream
+    return philox4x32_reference(counters, (seed_B1 & low, seed_B1 >> half))
 
 
 def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -21,26 +21,30 @@ FLOW_STREAM = 1
 FLOW_TRAIN_STREAM = 2
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-def philox4x32_reference(counters: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
-    """128 random bits, uint32 [..., 4], for each counter uint32 [..., 4] under one 64-bit key."""
+def philox4x32_reference(
+    counters: NDArray[np.uint32],
+    key: tuple[int, int] | tuple[NDArray[np.uint64], NDArray[np.uint64]],
+) -> NDArray[np.uint32]:
+    """128 random bits, uint32 [..., 4], for each counter uint32 [..., 4] under one 64-bit key, or
+    its own: the low and high words [...]."""
     c = np.moveaxis(counters.astype(np.uint64), -1, 0)
-    k0, k1 = key
+    k0, k1 = (np.asarray(one, np.uint64) for one in key)
     for _ in range(10):
         a, b = _MULTIPLIERS[0] * c[0], _MULTIPLIERS[1] * c[2]
         c = np.stack(
             [
-                (b >> _HALF) ^ c[1] ^ np.uint64(k0),
+                (b >> _HALF) ^ c[1] ^ k0,
                 b & _LOW,
-                (a >> _HALF) ^ c[3] ^ np.uint64(k1),
+                (a >> _HALF) ^ c[3] ^ k1,
                 a & _LOW,
             ]
         )
-        k0, k1 = (k0 + _KEY_STEPS[0]) & 0xFFFFFFFF, (k1 + _KEY_STEPS[1]) & 0xFFFFFFFF
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
     return np.moveaxis(c, 0, -1).astype(np.uint32)
 
 
