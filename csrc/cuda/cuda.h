@@ -21,6 +21,7 @@
 #include "ops/rms_norm.h"
 #include "ops/rms_norm_bwd.h"
 #include "ops/router.h"
+#include "ops/router_bwd.h"
 #include "ops/sconv_norm.h"
 #include "ops/sconv_norm_bwd.h"
 #include "ops/session_attn.h"
@@ -67,6 +68,10 @@ std::size_t dmel_embed_bwd_workspace_bytes(const DmelEmbedBwdParams& p);
 void dmel_embed_bwd(const DmelEmbedBwdParams& p, const Launch& launch);
 std::size_t sconv_norm_bwd_workspace_bytes(const SconvNormBwdParams& p);
 void sconv_norm_bwd(const SconvNormBwdParams& p, const Launch& launch);
+
+// Of the logits that router left. top_k of it at least 1.
+std::size_t router_bwd_workspace_bytes(const RouterBwdParams& p);
+void router_bwd(const RouterBwdParams& p, const Launch& launch);
 
 // Products on plain matrices, bf16 alone: chains of the tensor core, cut where csrc/ops cuts them.
 // Rows of x and dy are sixteen-byte aligned; in_dim of the first, out_dim of the second above 0.

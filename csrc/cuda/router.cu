@@ -2,6 +2,7 @@
 // by an ascending fma chain, then the tree of warp_sum), so a weight row is read once for eight
 // tokens; then a warp owns a token and picks the largest key, top_k times.
 #include "cuda/cuda.h"
+#include "cuda/router_terms.h"
 #include "cuda/row.h"
 #include "ops/router.h"
 
@@ -71,12 +72,6 @@ TML_DEVICE std::uint64_t key_of(float score, std::int32_t id) {
   const std::uint32_t ordered = bits ^ ((bits >> 31) != 0 ? ~0u : 0x80000000u);
   return static_cast<std::uint64_t>(score == score ? ordered : 0u) << 32 |
          static_cast<std::uint32_t>(~id);
-}
-
-TML_DEVICE float log_sigmoid(float l) {
-  if (l != l) return l;
-  const float magnitude = l < 0.0f ? -l : l;
-  return __fadd_rn(l < 0.0f ? l : 0.0f, -log_poly(__fadd_rn(1.0f, exp_poly(-magnitude))));
 }
 
 template <class T>

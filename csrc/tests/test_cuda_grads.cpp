@@ -191,6 +191,68 @@ TML_TEST(cuda_sconv_norm_bwd_is_the_op) {
   check_sconv_norm_bwd<std::uint16_t>({0, 510, 515, 1027}, 16, true);
 }
 
+template <class T>
+void check_router_bwd(std::int64_t tokens, std::int64_t dim, std::int32_t experts,
+                      std::int32_t shared, std::int32_t top_k, bool has_dlogits) {
+  const std::int64_t outputs = experts + shared, stride = dim + 3;
+  const auto x = random_values<T>(tokens * stride, 1);
+  const auto weight = random_values<float>(outputs * dim, 2);
+  const auto logits = random_values<float>(tokens * outputs, 3);
+  const auto dweights = random_values<float>(tokens * top_k, 4);
+  const auto dgammas = random_values<float>(tokens * shared, 5);
+  const auto dlogits = random_values<float>(tokens * outputs, 6);
+  Random random(7);
+  std::vector<std::int32_t> ids;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    std::int32_t id = 0;  // ascending, each once; the last expert is never chosen
+    for (std::int32_t j = 0; j < top_k; ++j) {
+      const std::int32_t room = experts - 1 - top_k + j - id;
+      id += static_cast<std::int32_t>(random.below(room > 0 ? room : 1));
+      ids.push_back(id++);
+    }
+  }
+  std::vector<T> dx[2];
+  std::vector<float> dw[2], dscale[2];
+  for (int i = 0; i < 2; ++i) {
+    dx[i] = poisoned<T>(tokens * dim);
+    dw[i] = poisoned<float>(outputs * dim);
+    dscale[i] = poisoned<float>(1);
+    const RouterBwdParams p{x.data(),
+                            weight.data(),
+                            ids.data(),
+                            logits.data(),
+                            dweights.data(),
+                            dgammas.data(),
+                            has_dlogits ? dlogits.data() : nullptr,
+                            dx[i].data(),
+                            dw[i].data(),
+                            dscale[i].data(),
+                            stride,
+                            tokens,
+                            dim,
+                            experts,
+                            shared,
+                            top_k,
+                            2.5f,
+                            dtype_of<T>(),
+                            1};
+    if (i == 0)
+      with_workspace(cuda::router_bwd_workspace_bytes(p),
+                     [&](const cuda::Launch& launch) { cuda::router_bwd(p, launch); });
+    else
+      cpu::router_bwd(p);
+  }
+  TML_CHECK(same_bits(dx[0], dx[1]));
+  TML_CHECK(same_bits(dw[0], dw[1]));
+  TML_CHECK(same_bits(dscale[0], dscale[1]));
+}
+
+TML_TEST(cuda_router_bwd_is_the_op) {
+  check_router_bwd<std::uint16_t>(11, 1030, 12, 2, 4, false);
+  check_router_bwd<float>(300, 20, 7, 1, 3, true);
+  check_router_bwd<std::uint16_t>(1100, 16, 5, 0, 2, false);
+}
+
 TML_TEST(cuda_gradients_refuse_a_small_workspace) {
   RmsNormBwdParams p{};
   p.num_rows = 4;
