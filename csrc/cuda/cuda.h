@@ -18,6 +18,7 @@
 #include "ops/linear_train.h"
 #include "ops/lm_head.h"
 #include "ops/moe.h"
+#include "ops/moe_bwd.h"
 #include "ops/rms_norm.h"
 #include "ops/rms_norm_bwd.h"
 #include "ops/router.h"
@@ -97,6 +98,10 @@ std::size_t linear_logp_workspace_bytes(const LinearLogpParams& p, LogpTiling ti
 void linear_logp(const LinearLogpParams& p, LogpTiling tiling, const Launch& launch);
 std::size_t linear_logp_bwd_workspace_bytes(const LinearLogpBwdParams& p, LogpTiling tiling);
 void linear_logp_bwd(const LinearLogpBwdParams& p, LogpTiling tiling, const Launch& launch);
+
+// bf16 alone; dx_sum is not used. w13 and w2 plain; rows of dy sixteen-byte aligned.
+std::size_t moe_bwd_workspace_bytes(const MoeBwdParams& p);
+void moe_bwd(const MoeBwdParams& p, const Launch& launch);
 
 void hmlp_fold(const HmlpFoldParams& p, const Launch& launch);
 void copy_pages(const CopyPagesParams& p, const Launch& launch);

@@ -13,7 +13,8 @@
 // Op: Params; weights_are_static(p) (weights of a block's first tile may be fetched before the
 // kernels before this one end); num_tiles(p), tile(p, i) -> Tile {weight, token_begin, num_tokens,
 // row,
-// ...}, token_row(p, tile, i) -> first element of a token's row; store(p, tile, group, d). An Op
+// ...}, depth(p, tile): its k; token_row(p, tile, i) -> first element of a token's row; store(p,
+// tile, group, d). An Op
 // that kPromotes also has chain_blocks(p), the k blocks of one accumulator: their results are added
 // up in fp32, in ascending order, to what start(p, tile, group, total) puts there.
 #pragma once
@@ -57,7 +58,9 @@ gemm_kernel(const TML_GRID_CONSTANT typename Op::Params p) {
   std::uint64_t* const empty = full + Shape::kStages;
   const int thread = static_cast<int>(threadIdx.x % 128);
   const int warpgroup = static_cast<int>(threadIdx.x / 128);
-  const int k_blocks = static_cast<int>(blocks_of(p.in_dim));
+  const auto k_blocks_of = [&](const GemmTile& tile) {
+    return static_cast<int>(blocks_of(Op::depth(p, tile)));
+  };
   if (threadIdx.x == 0) {
     for (int s = 0; s < Shape::kStages; ++s) {
       mbarrier_init(full + s, 128 + 1);
@@ -81,6 +84,7 @@ gemm_kernel(const TML_GRID_CONSTANT typename Op::Params p) {
     const std::uint64_t once = evict_first();
     const auto load_weights = [&](const GemmTile& tile, int k, int s) {
       if (thread != 0) return;
+      const int k_blocks = k_blocks_of(tile);
       const auto bytes = static_cast<std::uint32_t>(tile.num_blocks) * kBlockBytes;
       mbarrier_arrive_expect(full + s, bytes);
       for (int b = 0; b < tile.num_blocks; ++b)
@@ -92,6 +96,7 @@ gemm_kernel(const TML_GRID_CONSTANT typename Op::Params p) {
     if (Op::weights_are_static(p)) {
       if (static_cast<int>(blockIdx.x) < Op::num_tiles(p)) {
         const GemmTile first = Op::tile(p, static_cast<int>(blockIdx.x));
+        const int k_blocks = k_blocks_of(first);
         ahead = k_blocks < Shape::kStages ? k_blocks : Shape::kStages;
         for (int k = 0; k < ahead; ++k) load_weights(first, k, k);
       }
@@ -102,7 +107,8 @@ gemm_kernel(const TML_GRID_CONSTANT typename Op::Params p) {
     constexpr int kCopies = (kTokens * 8 + 127) / 128;
     for (int i = static_cast<int>(blockIdx.x); i < num_tiles; i += static_cast<int>(gridDim.x)) {
       const GemmTile tile = Op::tile(p, i);
-      const int chunk = thread % 8;
+      const std::int64_t depth = Op::depth(p, tile);
+      const int k_blocks = k_blocks_of(tile), chunk = thread % 8;
       const Bf16* rows[kCopies];
 #pragma unroll
       for (int c = 0; c < kCopies; ++c) {
@@ -116,7 +122,7 @@ gemm_kernel(const TML_GRID_CONSTANT typename Op::Params p) {
         else
           load_weights(tile, k, stage);
         unsigned char* const tokens = stages + stage * Shape::kStageBytes + Shape::kWeightBytes;
-        const std::int64_t left = (p.in_dim - k * kBlockDepth - chunk * 8) * 2;
+        const std::int64_t left = (depth - k * kBlockDepth - chunk * 8) * 2;
         const int bytes = left >= 16 ? 16 : left > 0 ? static_cast<int>(left) : 0;
 #pragma unroll
         for (int c = 0; c < kCopies; ++c) {
@@ -140,6 +146,7 @@ gemm_kernel(const TML_GRID_CONSTANT typename Op::Params p) {
   const int consumer = warpgroup - 1;
   for (int i = static_cast<int>(blockIdx.x); i < num_tiles; i += static_cast<int>(gridDim.x)) {
     const GemmTile tile = Op::tile(p, i);
+    const int k_blocks = k_blocks_of(tile);
     float d[kTokens / 2];
     float total[Op::kPromotes ? kTokens / 2 : 1];
     if constexpr (Op::kPromotes) Op::start(p, tile, consumer, total);

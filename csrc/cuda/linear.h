@@ -41,6 +41,7 @@ struct LinearOp {
             static_cast<std::int32_t>(left < kTokens ? left : kTokens),
             0};
   }
+  static TML_HOST_DEVICE std::int64_t depth(const Params& p, const GemmTile&) { return p.in_dim; }
   static TML_DEVICE const Bf16* any_row(const Params& p) { return p.x; }
   static TML_DEVICE const Bf16* token_row(const Params& p, const GemmTile& tile, int row) {
     return p.x + (tile.token_begin + row) * p.x_row_stride;

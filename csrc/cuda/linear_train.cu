@@ -16,7 +16,12 @@ turn_kernel(const TML_GRID_CONSTANT TurnParams p) {
   grid_wait();
   auto* const tile = reinterpret_cast<Bf16*>(shared_memory());
   const std::int64_t k_blocks = turned_blocks(p.num_rows, p.chain);
-  const std::int64_t k_block = blockIdx.x % k_blocks, first = blockIdx.x / k_blocks * kBlockRows;
+  const std::int64_t row_blocks = blocks_of(p.num_columns), block = blockIdx.x / k_blocks;
+  const std::int64_t matrix = block / row_blocks, first = block % row_blocks * kBlockRows;
+  const std::int64_t k_block = blockIdx.x % k_blocks;
+  const Bf16* const x = p.x + matrix * p.num_rows * p.row_stride;
+  Bf16* const out = p.out + matrix * k_blocks * kBlockDepth *
+                                (kIntoWeight ? row_blocks * kBlockRows : p.num_columns);
   const std::int64_t chain_blocks = blocks_of(p.chain), chain = k_block / chain_blocks;
   const std::int64_t in_chain = k_block % chain_blocks * kBlockDepth;
   for (int i = static_cast<int>(threadIdx.x); i < kBlockDepth * 8; i += kTurnThreads) {
@@ -24,7 +29,7 @@ turn_kernel(const TML_GRID_CONSTANT TurnParams p) {
     const std::int64_t source = chain * p.chain + in_chain + row;
     const bool is_row = in_chain + row < p.chain && source < p.num_rows;
     const std::int64_t left = is_row ? p.num_columns - first - column : 0;
-    const Bf16* const from = p.x + source * p.row_stride + first + column;
+    const Bf16* const from = x + source * p.row_stride + first + column;
     Bf16* const to = tile + row * kTurnPitch + column;
     if (p.is_aligned && left >= 8) {
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
@@ -43,15 +48,16 @@ turn_kernel(const TML_GRID_CONSTANT TurnParams p) {
     for (int j = 0; j < 8; ++j) chunk[j] = tile[(k + j) * kTurnPitch + column];
     const std::int64_t n = first + column, depth = k_block * kBlockDepth + k;
     if (!kIntoWeight && n >= p.num_columns) continue;
-    Bf16* const to = p.out + (kIntoWeight ? weight_offset(n, depth, k_blocks)
-                                          : n * k_blocks * kBlockDepth + depth);
+    Bf16* const to = out + (kIntoWeight ? weight_offset(n, depth, k_blocks)
+                                        : n * k_blocks * kBlockDepth + depth);
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(chunk);
   }
 }
 
 template <bool kIntoWeight>
 void turn(const char* op, const TurnParams& p, const Launch& launch) {
-  const std::int64_t blocks = turned_blocks(p.num_rows, p.chain) * blocks_of(p.num_columns);
+  const std::int64_t blocks =
+      p.num_matrices * turned_blocks(p.num_rows, p.chain) * blocks_of(p.num_columns);
   if (blocks == 0) return;
   launch_kernel(op, launch, turn_kernel<kIntoWeight>, static_cast<unsigned>(blocks), kTurnThreads,
                 kBlockDepth * kTurnPitch * sizeof(Bf16), p);
@@ -94,7 +100,8 @@ TurnParams turned(const void* x, std::int64_t row_stride, std::int64_t num_rows,
           num_rows,
           num_columns,
           chain,
-          row_stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(x) % 16 == 0};
+          row_stride % 8 == 0 && reinterpret_cast<std::uintptr_t>(x) % 16 == 0,
+          1};
 }
 
 void chained_wgrad(const char* op, const ChainedWgrad& p, const WgradWork& work,

@@ -116,7 +116,7 @@ TML_KERNEL(kRowThreads, 4) moe_combine_kernel(const TML_GRID_CONSTANT CombinePar
     for (std::int32_t j = 0; j < p.shape.choices(); ++j) {
       float v[8];
       load_eight(v, rows + j * p.shape.hidden + i, count, p.is_aligned);
-      const bool is_routed = j < p.shape.top_k;
+      const bool is_routed = p.weights != nullptr && j < p.shape.top_k;
       const float weight = is_routed ? p.weights[token * p.shape.top_k + j] : 1.0f;
 #pragma unroll
       for (int e = 0; e < 8; ++e)
@@ -172,9 +172,7 @@ struct MoeWorkspace {
 
   MoeWorkspace(const MoeShape& s, void* base) : h_stride((s.width + 7) / 8 * 8) {
     Workspace parts(base);
-    plan.pairs = parts.take<std::int32_t>(s.num_tokens * s.top_k);
-    plan.offsets = parts.take<std::int32_t>(s.num_experts + 1);
-    plan.tile_begin = parts.take<std::int32_t>(s.num_groups() + 1);
+    plan = take_plan(s, parts);
     h = parts.take<Bf16>(s.num_tokens * s.choices() * h_stride);
     out = parts.take<float>(s.num_tokens * s.choices() * s.hidden);
     num_bytes = parts.used();
@@ -188,11 +186,7 @@ MoeShape shape_of(const MoeParams& p) {
 template <int kTokens, int kConsumers>
 void moe_tiled(const MoeParams& p, const Launch& launch, const MoeWorkspace& work) {
   const MoeShape shape = shape_of(p);
-  const std::int64_t pairs = shape.num_tokens * shape.top_k;
-  // No more token tiles than this, whatever the routing.
-  const std::int64_t most = pairs / kTokens +
-                            (pairs < shape.num_experts ? pairs : shape.num_experts) +
-                            shape.num_shared * ((shape.num_tokens + kTokens - 1) / kTokens);
+  const std::int64_t most = moe_most_tiles(shape, kTokens);
   typename SwigluOp<kTokens, kConsumers>::Params up{};
   up.x = static_cast<const Bf16*>(p.x);
   up.weight = static_cast<const Bf16*>(p.w13);
@@ -215,18 +209,68 @@ void moe_tiled(const MoeParams& p, const Launch& launch, const MoeWorkspace& wor
   down.in_dim = p.width;
   down.x_row_stride = work.h_stride;
   down.out = work.out;
+  down.out_dim = p.hidden;
+  down.pairs_of_row = 1;
   moe_down<kTokens, kConsumers>(down, launch, most * down.row_blocks);
 }
 
-// Tokens a tile should hold: twice an expert's share, so that most experts are one tile.
-int tile_tokens(const MoeShape& s) {
+template <int kTokens, int kConsumers>
+void rows_tiled(const DownOp<64, 1>::Params& p, const Launch& launch) {
+  typename DownOp<kTokens, kConsumers>::Params params{};
+  static_cast<MoeGemmParams&>(params) = p;
+  params.out = p.out;
+  params.out_dim = p.out_dim;
+  params.pairs_of_row = p.pairs_of_row;
+  moe_down<kTokens, kConsumers>(params, launch, moe_most_tiles(p.shape, kTokens) * p.row_blocks);
+}
+
+}  // namespace
+
+MoePlan take_plan(const MoeShape& shape, Workspace& parts) {
+  MoePlan plan{};
+  plan.pairs = parts.take<std::int32_t>(shape.num_tokens * shape.top_k);
+  plan.offsets = parts.take<std::int32_t>(shape.num_experts + 1);
+  plan.tile_begin = parts.take<std::int32_t>(shape.num_groups() + 1);
+  return plan;
+}
+
+void moe_plan(const char* op, const Launch& launch, const std::int32_t* expert_ids,
+              const MoePlan& plan, const MoeShape& shape, int tokens_per_tile) {
+  const std::size_t shared =
+      static_cast<std::size_t>(mask_words(shape.num_experts) + shape.num_experts) * 4;
+  launch_kernel(op, launch, moe_plan_kernel, 1, kPlanThreads, shared,
+                PlanParams{expert_ids, plan, shape, tokens_per_tile});
+}
+
+std::int64_t moe_most_tiles(const MoeShape& shape, std::int64_t tokens_per_tile) {
+  const std::int64_t pairs = shape.num_tokens * shape.top_k;
+  return pairs / tokens_per_tile + (pairs < shape.num_experts ? pairs : shape.num_experts) +
+         shape.num_shared * ((shape.num_tokens + tokens_per_tile - 1) / tokens_per_tile);
+}
+
+// Twice an expert's share, so that most experts are one tile.
+int moe_tile_tokens(const MoeShape& s) {
   const std::int64_t share =
       s.num_experts > 0 ? 2 * s.num_tokens * s.top_k / s.num_experts : s.num_tokens;
   const std::int64_t wanted = share < s.num_tokens ? share : s.num_tokens;
   return wanted <= 8 ? 8 : wanted <= 16 ? 16 : wanted <= 32 ? 32 : wanted <= 128 ? 64 : 256;
 }
 
-}  // namespace
+void moe_rows(const DownOp<64, 1>::Params& p, const Launch& launch, int tokens_per_tile) {
+  if (tokens_per_tile == 8) return rows_tiled<8, 1>(p, launch);
+  if (tokens_per_tile == 16) return rows_tiled<16, 1>(p, launch);
+  if (tokens_per_tile == 32) return rows_tiled<32, 1>(p, launch);
+  if (tokens_per_tile == 64) return rows_tiled<64, 1>(p, launch);
+  rows_tiled<256, 2>(p, launch);
+}
+
+void moe_combine(const char* op, const Launch& launch, const float* out, const float* weights,
+                 Bf16* y, std::int64_t y_row_stride, const MoeShape& shape) {
+  launch_kernel(op, launch, moe_combine_kernel, static_cast<unsigned>(shape.num_tokens),
+                kRowThreads, 0,
+                CombineParams{out, weights, y, y_row_stride, shape,
+                              is_row_aligned(y, y_row_stride) && shape.hidden % 4 == 0});
+}
 
 std::size_t moe_workspace_bytes(const MoeParams& p) {
   return MoeWorkspace(shape_of(p), nullptr).num_bytes;
@@ -240,11 +284,8 @@ void moe(const MoeParams& p, const Launch& launch) {
                                 std::to_string(shape.num_groups()));
   check_workspace("moe", launch, moe_workspace_bytes(p));
   const MoeWorkspace work(shape, launch.workspace);
-  const int tokens = tile_tokens(shape);
-  const std::size_t shared =
-      static_cast<std::size_t>(mask_words(shape.num_experts) + shape.num_experts) * 4;
-  launch_kernel("moe", launch, moe_plan_kernel, 1, kPlanThreads, shared,
-                PlanParams{p.expert_ids, work.plan, shape, tokens});
+  const int tokens = moe_tile_tokens(shape);
+  moe_plan("moe", launch, p.expert_ids, work.plan, shape, tokens);
   if (tokens == 8)
     moe_tiled<8, 1>(p, launch, work);
   else if (tokens == 16)
@@ -255,11 +296,7 @@ void moe(const MoeParams& p, const Launch& launch) {
     moe_tiled<64, 1>(p, launch, work);
   else
     moe_tiled<256, 2>(p, launch, work);
-  auto* const y = static_cast<Bf16*>(p.y);
-  launch_kernel("moe", launch, moe_combine_kernel, static_cast<unsigned>(p.num_tokens), kRowThreads,
-                0,
-                CombineParams{work.out, p.weights, y, p.y_row_stride, shape,
-                              is_row_aligned(y, p.y_row_stride) && shape.hidden % 4 == 0});
+  moe_combine("moe", launch, work.out, p.weights, static_cast<Bf16*>(p.y), p.y_row_stride, shape);
 }
 
 void pack_experts(const PackExpertsParams& p, const Launch& launch) {

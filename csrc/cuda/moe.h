@@ -54,6 +54,9 @@ struct MoeTiles {
   static constexpr bool kPromotes = false;
 
   static TML_HOST_DEVICE bool weights_are_static(const MoeGemmParams&) { return false; }
+  static TML_HOST_DEVICE std::int64_t depth(const MoeGemmParams& p, const GemmTile&) {
+    return p.in_dim;
+  }
   static TML_HOST_DEVICE int row_steps(const MoeGemmParams& p) {
     return static_cast<int>((p.row_blocks + kConsumers - 1) / kConsumers);
   }
@@ -139,23 +142,25 @@ struct SwigluOp : MoeTiles<kTokens, kConsumers> {
   }
 };
 
-// out[pair] = W2 h[pair], fp32.
+// out[pair] = W row, fp32, where row is pair / pairs_of_row of x: W2 h[pair] in the forward pass.
 template <int kTokens, int kConsumers>
 struct DownOp : MoeTiles<kTokens, kConsumers> {
   using Tiles = MoeTiles<kTokens, kConsumers>;
   struct Params : MoeGemmParams {
     float* out;
+    std::int64_t out_dim;
+    std::int32_t pairs_of_row;
   };
   static TML_DEVICE const Bf16* any_row(const Params& p) { return p.x; }
   static TML_DEVICE const Bf16* token_row(const Params& p, const GemmTile& tile, int row) {
-    return p.x + Tiles::pair_of(p, tile, row) * p.x_row_stride;
+    return p.x + Tiles::pair_of(p, tile, row) / p.pairs_of_row * p.x_row_stride;
   }
   static TML_DEVICE void store(const Params& p, const GemmTile& tile, int consumer,
                                const float (&d)[kTokens / 2]) {
     const std::int64_t first = (tile.row_block + consumer) * kBlockRows;
     each_value<kTokens>(d, [&](int token, int row, float value) {
-      if (token < tile.num_tokens && first + row < p.shape.hidden)
-        p.out[Tiles::pair_of(p, tile, token) * p.shape.hidden + first + row] = value;
+      if (token < tile.num_tokens && first + row < p.out_dim)
+        p.out[Tiles::pair_of(p, tile, token) * p.out_dim + first + row] = value;
     });
   }
 };
@@ -178,5 +183,19 @@ void moe_down(const typename DownOp<kTokens, kConsumers>::Params& params, const 
   extern template void moe_down<n, c>(const DownOp<n, c>::Params&, const Launch&, std::int64_t);
 TML_EACH_MOE(TML_DECLARE_MOE)
 #undef TML_DECLARE_MOE
+
+// What forward and backward share. tile_begin of the plan counts tiles of `tokens_per_tile`.
+void moe_plan(const char* op, const Launch& launch, const std::int32_t* expert_ids,
+              const MoePlan& plan, const MoeShape& shape, int tokens_per_tile);
+// Tokens a tile of a product should hold, and no more such tiles than this, whatever the routing.
+int moe_tile_tokens(const MoeShape& shape);
+std::int64_t moe_most_tiles(const MoeShape& shape, std::int64_t tokens_per_tile);
+// y[token] = sum of out[token, choice] over ascending choices from 0, each times its weight (fma)
+// where it is routed and weights is not null; one rounding.
+void moe_combine(const char* op, const Launch& launch, const float* out, const float* weights,
+                 Bf16* y, std::int64_t y_row_stride, const MoeShape& shape);
+// The parts of a plan, and moe_down at any of its tiles.
+MoePlan take_plan(const MoeShape& shape, Workspace& parts);
+void moe_rows(const DownOp<64, 1>::Params& params, const Launch& launch, int tokens_per_tile);
 
 }  // namespace tml::cuda

@@ -59,6 +59,8 @@ struct TurnParams {
   std::int64_t row_stride, num_rows, num_columns;
   std::int64_t chain;  // rows of one chain
   bool is_aligned;     // sixteen bytes at a time may be read
+  // Matrices one after the other, in x num_rows * row_stride elements apart.
+  std::int64_t num_matrices;
 };
 TML_HOST_DEVICE std::int64_t turned_blocks(std::int64_t num_rows, std::int64_t chain) {
   const std::int64_t whole = num_rows / chain;

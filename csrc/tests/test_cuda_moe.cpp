@@ -174,5 +174,129 @@ TML_TEST(cuda_moe_refuses_a_small_workspace) {
   TML_CHECK(refused);
 }
 
+// Every gradient against the contract, spelt out; gate | up are those of the forward pass.
+void check_bwd(const Layer& layer, const Batch& batch) {
+  const std::int64_t h = layer.hidden, width = layer.width, tokens = batch.num_tokens;
+  const std::int32_t choices = layer.top_k + layer.num_shared;
+  const std::int64_t count = layer.num_experts + layer.num_shared;
+  const auto saved = run(layer, batch, true).gate_up;
+  const auto dy = random_bf16(static_cast<std::size_t>(tokens * h), 21);
+  std::vector<std::uint16_t> dx(dy.size(), kPoison), dw13(layer.gate_up.size(), kPoison);
+  std::vector<std::uint16_t> dw2(layer.down.size(), kPoison);
+  std::vector<float> dweights(batch.weights.size(), -1.0f), dgammas(batch.gammas.size(), -1.0f);
+  MoeBwdParams p{};
+  p.dy = dy.data();
+  p.x = batch.x.data();
+  p.expert_ids = batch.ids.data();
+  p.weights = batch.weights.data();
+  p.gammas = batch.gammas.data();
+  p.gate_up = saved.data();
+  p.w13 = layer.gate_up.data();
+  p.w2 = layer.down.data();
+  p.dx = dx.data();
+  p.dweights = dweights.data();
+  p.dgammas = dgammas.data();
+  p.dw13 = dw13.data();
+  p.dw2 = dw2.data();
+  p.dy_row_stride = p.x_row_stride = p.hidden = h;
+  p.num_tokens = tokens;
+  p.width = width;
+  p.num_experts = layer.num_experts;
+  p.num_shared = layer.num_shared;
+  p.top_k = layer.top_k;
+  p.dtype = DType::kBf16;
+  std::vector<unsigned char> memory(cuda::moe_bwd_workspace_bytes(p) + 256, 0xff);
+  const auto base = (reinterpret_cast<std::uintptr_t>(memory.data()) + 255) / 256 * 256;
+  cuda::moe_bwd(p, host_launch(reinterpret_cast<void*>(base), memory.size() - 256));
+
+  using Rows = std::vector<std::vector<std::uint16_t>>;
+  const auto column_of = [](const Rows& rows, std::int64_t column) {
+    std::vector<std::uint16_t> out;
+    for (const auto& row : rows) out.push_back(row[static_cast<std::size_t>(column)]);
+    return out;
+  };
+  const auto chains = [](const std::vector<std::uint16_t>& a, const std::vector<std::uint16_t>& b) {
+    float total = 0.0f;
+    for (std::size_t t = 0; t < a.size(); t += 512)
+      total += mma_chain(b.data() + t, a.data() + t,
+                         static_cast<std::int64_t>(std::min<std::size_t>(512, a.size() - t)));
+    return total;
+  };
+  std::vector<Rows> of_x(static_cast<std::size_t>(count)), of_dy = of_x, of_g = of_x, of_a = of_x;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    std::vector<float> sum(static_cast<std::size_t>(h), 0.0f);
+    const auto* dy_row = dy.data() + t * h;
+    for (std::int32_t j = 0; j < choices; ++j) {
+      const bool routed = j < layer.top_k;
+      const auto at = static_cast<std::size_t>(routed ? t * layer.top_k + j
+                                                      : t * layer.num_shared + j - layer.top_k);
+      const std::int64_t e = routed ? batch.ids[at] : layer.num_experts + j - layer.top_k;
+      const float scale = routed ? batch.weights[at] : batch.gammas[at];
+      const auto* row = saved.data() + (t * choices + j) * 2 * width;
+      std::vector<std::uint16_t> g(static_cast<std::size_t>(2 * width));
+      std::vector<std::uint16_t> a_row(static_cast<std::size_t>(width));
+      float lanes[16] = {};
+      for (std::int64_t i = 0; i < width; ++i) {
+        std::vector<std::uint16_t> w2(static_cast<std::size_t>(h));
+        for (std::int64_t n = 0; n < h; ++n)
+          w2[static_cast<std::size_t>(n)] =
+              layer.down[static_cast<std::size_t>((e * h + n) * width + i)];
+        const float u = mma_chain(w2.data(), dy_row, h);
+        const float gate = to_float(row[i]), up = to_float(row[width + i]);
+        const float denominator = 1.0f + cuda::exp_poly(-gate);
+        const float sig = 1.0f / denominator, act = gate / denominator;
+        const float a = act * up, du = scale * u;
+        lanes[i % 16] = __builtin_fmaf(u, routed ? cuda::round_to_bf16(a) : a, lanes[i % 16]);
+        const auto unit = static_cast<std::size_t>(i);
+        g[unit] = to_bf16(du * up * __builtin_fmaf(act, 1.0f - sig, sig));
+        g[unit + static_cast<std::size_t>(width)] = to_bf16(du * act);
+        a_row[unit] = to_bf16(scale * a);
+      }
+      for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+      TML_CHECK_EQUAL((routed ? dweights : dgammas)[at], lanes[0]);
+      for (std::int64_t n = 0; n < h; ++n) {
+        std::vector<std::uint16_t> w13(g.size());
+        for (std::int64_t i = 0; i < 2 * width; ++i)
+          w13[static_cast<std::size_t>(i)] =
+              layer.gate_up[static_cast<std::size_t>((e * 2 * width + i) * h + n)];
+        sum[static_cast<std::size_t>(n)] += mma_chain(w13.data(), g.data(), 2 * width);
+      }
+      const auto expert = static_cast<std::size_t>(e);
+      of_x[expert].emplace_back(batch.x.data() + t * h, batch.x.data() + (t + 1) * h);
+      of_dy[expert].emplace_back(dy_row, dy_row + h);
+      of_g[expert].push_back(g);
+      of_a[expert].push_back(a_row);
+    }
+    for (std::int64_t n = 0; n < h; ++n)
+      TML_CHECK_EQUAL(dx[static_cast<std::size_t>(t * h + n)],
+                      to_bf16(sum[static_cast<std::size_t>(n)]));
+  }
+  for (std::int64_t e = 0; e < count; ++e) {
+    const auto expert = static_cast<std::size_t>(e);
+    for (std::int64_t n = 0; n < h; ++n) {
+      const auto x = column_of(of_x[expert], n), d = column_of(of_dy[expert], n);
+      for (std::int64_t i = 0; i < 2 * width; ++i)
+        TML_CHECK_EQUAL(dw13[static_cast<std::size_t>((e * 2 * width + i) * h + n)],
+                        to_bf16(chains(column_of(of_g[expert], i), x)));
+      for (std::int64_t i = 0; i < width; ++i)
+        TML_CHECK_EQUAL(dw2[static_cast<std::size_t>((e * h + n) * width + i)],
+                        to_bf16(chains(d, column_of(of_a[expert], i))));
+    }
+  }
+}
+
+TML_TEST(cuda_moe_bwd_is_the_contract) {
+  const Layer layer(72, 40, 5, 1, 2);
+  check_bwd(layer, Batch(layer, 3, 7, false));  // some experts have no token
+  const Layer odd(64, 27, 6, 2, 3);
+  check_bwd(odd, Batch(odd, 70, 9, true));  // more than one block of tokens
+}
+
+TML_TEST(cuda_moe_bwd_cuts_chains) {
+  const Layer layer(16, 8, 1, 0, 1);
+  check_bwd(layer, Batch(layer, 600, 3, true));
+}
+
 }  // namespace
 }  // namespace tml::tests
