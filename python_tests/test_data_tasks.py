@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tml_core import errors
 from tml_core.data import (
     SPLITS,
     TASKS,
@@ -230,3 +231,20 @@ def test_nano_has_a_token_for_nearly_every_word() -> None:
     words = vocabulary()
     several = [word for word in words if len(tokenizer.encode(f" {word}").ids) > 1]
     assert len(words) > 1000 and len(several) < 0.05 * len(words)
+
+
+def test_requests_may_be_typed() -> None:
+    with SpeechBank(["espeak"]) as bank:
+        options = {"bank": bank, "tasks": ["timer", "aside"], "num": 24}
+        for typed in (0.0, 0.5, 1.0):
+            found = list(interactions(5, "train", typed=typed, **options))
+            asked = [one.script for one in found if one.script.task == "timer"]
+            share = sum(bool(script.typed) for script in asked) / len(asked)
+            assert share == typed or 0.1 < share < 0.9
+            for script in asked:
+                for tick, text in script.typed:
+                    assert "second" in text and script.expected[0].tick > tick
+            # What is said to others is said.
+            assert not any(one.script.typed for one in found if one.script.task == "aside")
+        with pytest.raises(errors.InvalidArgument, match=r"typed: expected a share .* got 1.5"):
+            next(interactions(5, "train", typed=1.5, **options))

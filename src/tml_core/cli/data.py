@@ -43,6 +43,7 @@ def build_command(
         str, typer.Option(help="nano or a directory: its config and tokenizer.")
     ] = "nano",
     tasks: Annotated[str | None, typer.Option(help="Names with commas; all by default.")] = None,
+    typed: Annotated[float, typer.Option(help="Share of requests that are typed.")] = 0.0,
     engines: Annotated[
         str | None, typer.Option(help="Speech engines with commas; all that are here by default.")
     ] = None,
@@ -85,6 +86,7 @@ def build_command(
             hours=hours,
             workers=workers,
             tasks=None if tasks is None else tasks.split(","),
+            typed=typed,
             engines=names,
             cache=cache,
             progress=show,

@@ -52,6 +52,7 @@ class _Plan:
     seed: int
     split: Split
     tasks: tuple[str, ...]
+    typed: float
     engines: tuple[str, ...]
     shard_len: int
     config: str
@@ -68,6 +69,7 @@ def build(
     hours: float | None = None,
     workers: int = 1,
     tasks: Sequence[str] | None = None,
+    typed: float = 0.0,
     engines: Sequence[str] | None = None,
     cache: str | Path | None = None,
     shard_len: int = 64,
@@ -76,10 +78,10 @@ def build(
     """Make, or go on making, a dataset of ``num`` interactions or of at least ``hours``.
 
     ``model``: "nano" or a checkpoint directory, whose config and tokenizer lay the sessions out; it
-    needs no weights. ``workers``: processes; 1 works in this one. ``engines``, ``cache``: as in
-    `SpeechBank`. ``shard_len``: interactions in a shard. ``progress``: called with the share that
-    is there, 0 to 1, and its seconds. The folder may be built again with a larger ``num`` or
-    ``hours``: what is there stays.
+    needs no weights. ``workers``: processes; 1 works in this one. ``tasks``, ``typed``: as in
+    `interactions`. ``engines``, ``cache``: as in `SpeechBank`. ``shard_len``: interactions in a
+    shard. ``progress``: called with the share that is there, 0 to 1, and its seconds. The folder
+    may be built again with a larger ``num`` or ``hours``: what is there stays.
 
     Raises InvalidArgument for a folder made of something else, naming what differs, and for what
     `interactions` does not take; MediaError when a process ends without an answer.
@@ -99,16 +101,18 @@ def build(
             seed=seed,
             split=split,
             tasks=names,
+            typed=typed,
             engines=bank.versions(split),
             shard_len=shard_len,
             config=file_digest(directory / "config.json"),
             tokenizer=file_digest(directory / "tokenizer.json"),
         )
-        next(interactions(seed, split, bank=bank, tasks=names, num=1))  # what it refuses, first
+        # What it refuses, first.
+        next(interactions(seed, split, bank=bank, tasks=names, num=1, typed=typed))
     root = Path(folder)
     _claim(root, plan)
     goal = _Goal(num, None if hours is None else 3600.0 * hours, shard_len)
-    order = _Order(root, directory, seed, split, names, engines, cache, shard_len)
+    order = _Order(root, directory, seed, split, names, typed, engines, cache, shard_len)
     num_made = 0
     for is_new, length in _shards(order, goal, workers):
         num_made += length if is_new else 0
@@ -134,6 +138,7 @@ class _Order:
     seed: int
     split: Split
     tasks: tuple[str, ...]
+    typed: float
     engines: Sequence[str] | None
     cache: str | Path | None
     shard_len: int
@@ -359,6 +364,7 @@ class _Maker:
             order.split,
             bank=self._bank,
             tasks=order.tasks,
+            typed=order.typed,
             start=index * order.shard_len,
             num=length,
         )

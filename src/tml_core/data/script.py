@@ -127,11 +127,14 @@ class ScriptWriter:
 
     ``now``: the sample at which the next thing begins. ``user``: the voice of this interaction.
     ``task``: of the session; ``part``: the one that is being written. ``has_camera``: whether there
-    are pictures even if nothing is done in them.
+    are pictures even if nothing is done in them. ``typed``: the share of requests that are typed.
     """
 
-    def __init__(self, task: str, split: Split, bank: SpeechBank, rng: Generator) -> None:
+    def __init__(
+        self, task: str, split: Split, bank: SpeechBank, rng: Generator, typed: float = 0.0
+    ) -> None:
         self.split = split
+        self.typed = typed
         self.rng = rng
         self.now = 0
         self.part = task
@@ -176,7 +179,15 @@ class ScriptWriter:
         self.now += self.seconds(low_s, high_s)
 
     def ask(self, phrasings: Phrasings, **fields: object) -> int:
-        """The user asks for the task, in one of the split's ways; the sample it ends at."""
+        """The user asks for the task, in one of the split's ways, or types it; the sample it ends
+        at."""
+        if self.typed and self.rng.random() < self.typed:
+            self.type_text(self._request(phrasings).format(**fields))
+            return self.now
+        return self.ask_aloud(phrasings, **fields)
+
+    def ask_aloud(self, phrasings: Phrasings, **fields: object) -> int:
+        """The user says it, even where requests may be typed; the sample it ends at."""
         return self.say(self._request(phrasings).format(**fields))
 
     def say(

@@ -104,18 +104,22 @@ def interactions(
     tasks: Sequence[str] | None = None,
     start: int = 0,
     num: int | None = None,
+    typed: float = 0.0,
 ) -> Iterator[Interaction]:
     """Interactions ``start``, ``start`` + 1, ... of a seed; ``num`` of them, or without end.
 
     ``bank``: who speaks; by default every engine of this machine, and the user's cache folder.
-    ``tasks``: names from `TASKS`, by default all.
+    ``tasks``: names from `TASKS`, by default all. ``typed``: the share of requests that are typed
+    where they would be said; what to do is learned from those before it can be heard.
     """
     if bank is None:
         with SpeechBank(cache=cache_folder()) as own:
-            yield from interactions(seed, split, bank=own, tasks=tasks, start=start, num=num)
+            yield from interactions(
+                seed, split, bank=own, tasks=tasks, start=start, num=num, typed=typed
+            )
         return
     for index in islice(count(start), num):
-        yield interaction(seed, index, split, bank=bank, tasks=tasks)
+        yield interaction(seed, index, split, bank=bank, tasks=tasks, typed=typed)
 
 
 def interaction(
@@ -125,11 +129,15 @@ def interaction(
     *,
     bank: SpeechBank,
     tasks: Sequence[str] | None = None,
+    typed: float = 0.0,
 ) -> Interaction:
     """Interaction ``index`` of a seed, the same as in the stream.
 
-    Raises InvalidArgument for a negative number, an unknown split or task.
+    Raises InvalidArgument for a negative number, an unknown split or task, and for a share that is
+    none.
     """
+    if not 0.0 <= typed <= 1.0:
+        raise InvalidArgument(f"typed: expected a share of requests, 0 to 1, got {typed}")
     for name, value in (("seed", seed), ("index", index)):
         if not 0 <= value < 1 << 64:
             raise InvalidArgument(f"{name}: expected 0 to 2**64 - 1, got {value}")
@@ -144,7 +152,7 @@ def interaction(
     rng = Generator(Philox(key=[seed, index], counter=[0, 0, 0, SPLITS.index(split)]))
     weights = np.array([TASKS[name].weight for name in names])
     task = TASKS[names[int(rng.choice(len(names), p=weights / weights.sum()))]]
-    writer = ScriptWriter(task.name, split, bank, rng)
+    writer = ScriptWriter(task.name, split, bank, rng, typed)
     task.write(writer)
     return render_script(writer.finish(), bank)
 

@@ -62,6 +62,7 @@ def make(
             num=max(1, round(dataset.num * scale)) if dataset.num else None,
             hours=dataset.hours * scale if dataset.hours else None,
             tasks=tuple(dataset.tasks) or None,
+            typed=dataset.typed,
             workers=workers,
             cache=cache,
             progress=partial(progress, dataset),

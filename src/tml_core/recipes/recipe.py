@@ -14,12 +14,14 @@ __all__ = ["Dataset", "Recipe", "parse_recipe", "read_recipe", "recipe_names"]
 @dataclass(frozen=True)
 class Dataset:
     """One dataset, as `tml_core.data.build` makes it in ``data/NAME``. ``tasks``: none stands for
-    all. One of ``hours`` and ``num`` (interactions) says how much of it."""
+    all. ``typed``: the share of requests that are typed. One of ``hours`` and ``num``
+    (interactions) says how much of it."""
 
     name: str
     split: str = "train"
     seed: int = 0
     tasks: Paths = ()
+    typed: float = 0.0
     hours: float = 0.0
     num: int = 0
 

@@ -209,7 +209,7 @@ def _sum(script: ScriptWriter) -> None:
 
 def _aside(script: ScriptWriter) -> None:
     name, line = script.choice(NAMES), script.choice(CHATTER)
-    script.ask(_ASIDE, name=name, line=line)
+    script.ask_aloud(_ASIDE, name=name, line=line)
     script.pause(0.5, 1.2)
     level = round(float(script.rng.uniform(0.1, 0.5)), 2)
     for _ in range(int(script.rng.integers(1, 3))):
