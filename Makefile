@@ -55,7 +55,7 @@ test-cpp:
 	  -DCMAKE_CXX_COMPILER=$(CXX) -DPython_EXECUTABLE=$(shell command -v $(PY))
 	PATH="$(BIN):$$PATH" cmake --build build/cpp
 	build/cpp/csrc/tests/tml_cpp_tests
-	$(PY) -m pytest python_tests/test_cuda_backbone.py
+	$(PY) -m pytest python_tests/test_cuda_backbone.py python_tests/test_cuda_train.py
 
 bench:
 	$(PY) -m pytest bench $(if $(BENCH_JSON),--bench-json)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from byte_model import BYTE_MODEL
+from fibers_kit import ROOT, fibers
 from session_kit import noise, spoken
 from tml_core import Session
 from tml_core.engine import host
@@ -40,20 +41,7 @@ from tml_core.ops.linear import pack_weight
 from tml_core.ops.lm_head import SampleRows, pack_allowed
 from tml_core.sequence.store import SequenceStore
 
-ROOT = Path(__file__).parent.parent
 HOST = torch.device("cpu")
-SOURCES = ("csrc/cuda", "csrc/ops", "csrc/core/tensor_core.h", "csrc/bindings/cuda.cpp")
-
-
-def built() -> Path | None:
-    """The extension, unless a source is younger."""
-    found = list((ROOT / "build" / "cpp" / "csrc" / "tests").glob("_fibers*.so"))
-    if not found:
-        return None
-    paths = [ROOT / name for name in SOURCES]
-    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
-    youngest = max(file.stat().st_mtime for file in files)
-    return found[0] if found[0].stat().st_mtime >= youngest else None
 
 
 @pytest.fixture(scope="module", autouse=True, params=["fibers", "device"])
@@ -64,13 +52,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
             pytest.skip(f"{why}: run `make gpu-check` on an H100 or H200")
         yield torch.device("cuda", 0)
         return
-    path = built()
-    if path is None:
+    module = fibers()
+    if module is None:
         pytest.skip("needs _fibers of today's kernels: make test-cpp")
-    spec = importlib.util.spec_from_file_location("_fibers", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_ext", module)
         # torch aligns host memory less than a device's.
