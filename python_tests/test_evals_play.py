@@ -106,6 +106,16 @@ def test_the_training_split_is_for_choosing(bank: SpeechBank) -> None:
     assert not voices & {"espeak/en-029+f4", "espeak/en-gb-scotland+m7", "pico/en-GB"}
 
 
+def test_requests_may_be_typed_to_tell_hearing_from_doing(bank: SpeechBank) -> None:
+    suites = ["timespeak", "cuespeak", "echo", "turntaking", "interruption", "refusals"]
+    report = evaluate(ScriptedPlayer(), suites, 2, seed=1, typed=1.0, bank=bank)
+    found = scores(report)
+    assert (latency := found.pop("turntaking")) is not None and 0.0 <= latency <= 0.4
+    assert found == dict.fromkeys(found, 1.0)
+    assert report.to_dict()["typed"] == 1.0
+    assert not any(one.voice for one in report.records if one.key.startswith("echo"))
+
+
 def test_refusals(bank: SpeechBank) -> None:
     with pytest.raises(errors.InvalidArgument, match="num_items: expected at least 1, got 0"):
         evaluate(SilentPlayer(), "echo", 0, bank=bank)

@@ -28,7 +28,7 @@ def a_report(player: str, names: list[str], late: int | None) -> Report:
         mark = suite.mark(item, written(60, *said))
         records.append(Record(item.key, "", "", (), (), {name: mark}))
         scores[name] = suite.score([mark])
-    return Report(player, "held_out", 0, 1, ("espeak",), scores, tuple(records), 1.0, 12.0)
+    return Report(player, "held_out", 0.0, 0, 1, ("espeak",), scores, tuple(records), 1.0, 12.0)
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,7 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="held_out to measure; train, with another seed, to choose by.")
     ] = "held_out",
+    typed: Annotated[float, typer.Option(help="Share of requests that are typed.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the interactions.")] = 0,
     baselines: Annotated[
         str, typer.Option(help="silent, cascade, no-clock, with commas between; all or none.")
@@ -243,6 +244,7 @@ def evaluate(
         num_items=items,
         seed=seed,
         split=as_split(split),
+        typed=typed,
         baselines=names,
         num_sessions=sessions,
         dtype=dtype,

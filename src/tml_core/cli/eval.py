@@ -60,6 +60,7 @@ class EvalOptions:
     num_items: int = 100
     seed: int = 0
     split: Split = "held_out"
+    typed: float = 0.0
     baselines: tuple[str, ...] = ("silent",)
     num_sessions: int = 16
     dtype: str = "bfloat16"
@@ -98,6 +99,7 @@ def run_eval(options: EvalOptions, console: Console) -> list[Report]:
             options.num_items,
             options.seed,
             split=options.split,
+            typed=options.typed,
             bank=bank,
             watch=watch,
         )
@@ -208,10 +210,14 @@ def _aim(name: str) -> str:
     return f"{'≤' if suite.is_lower_better else '≥'} {suite.show(suite.aim)}"
 
 
+def _typed(report: Report) -> str:
+    return f", {report.typed:.0%} of the requests typed" if report.typed else ""
+
+
 def _footnote(report: Report) -> str:
     return (
         f"{report.num_items} items a task, split {report.split}, seed {report.seed}, "
-        f"voices of {', '.join(report.engines)}; intervals of 95 %."
+        f"voices of {', '.join(report.engines)}{_typed(report)}; intervals of 95 %."
     )
 
 

@@ -34,6 +34,7 @@ def evaluate(
     seed: int = 0,
     *,
     split: Split = "held_out",
+    typed: float = 0.0,
     bank: SpeechBank | None = None,
     watch: Watch | None = None,
 ) -> Report:
@@ -42,12 +43,15 @@ def evaluate(
     ``player``: a model, a checkpoint directory or "nano", which then runs in live sessions at
     temperature 0, or any `Player`. An item that several suites want is played once. ``seed``: of
     the interactions; choose models with ``split="train"`` and a seed that training does not use,
-    never by "held_out". ``bank``: who speaks; all engines of this machine by default. ``watch`` is
-    told who plays, how many items are done, and how many there are.
+    never by "held_out". ``typed``: the share of requests that are typed, which tells what is
+    misheard from what is misdone. ``bank``: who speaks; all engines of this machine by default.
+    ``watch`` is told who plays, how many items are done, and how many there are.
 
     Raises InvalidArgument for an unknown suite or split or no items, and what `load_model` raises.
     """
-    (report,) = evaluate_all([player], suites, num_items, seed, split=split, bank=bank, watch=watch)
+    (report,) = evaluate_all(
+        [player], suites, num_items, seed, split=split, typed=typed, bank=bank, watch=watch
+    )
     return report
 
 
@@ -58,6 +62,7 @@ def evaluate_all(
     seed: int = 0,
     *,
     split: Split = "held_out",
+    typed: float = 0.0,
     bank: SpeechBank | None = None,
     watch: Watch | None = None,
 ) -> list[Report]:
@@ -70,11 +75,18 @@ def evaluate_all(
     if bank is None:
         with SpeechBank(cache=cache_folder()) as own:
             return evaluate_all(
-                players, suites, num_items, seed, split=split, bank=own, watch=watch
+                players,
+                suites,
+                num_items,
+                seed,
+                split=split,
+                typed=typed,
+                bank=own,
+                watch=watch,
             )
     playing = [_Playing(_player(one)) for one in players]
     tasks = list(dict.fromkeys(task for suite in wanted for task in tasks_of(suite)))
-    stream = make_items(seed, split, tasks, num_items, bank)
+    stream = make_items(seed, split, tasks, num_items, bank, typed)
     num_all = len(tasks) * num_items
     # In groups: what is heard and seen in all items would be gigabytes.
     while group := list(islice(stream, _GROUP)):
@@ -100,6 +112,7 @@ def evaluate_all(
             Report(
                 player=one.player.name,
                 split=split,
+                typed=typed,
                 seed=seed,
                 num_items=num_items,
                 engines=bank.engines,

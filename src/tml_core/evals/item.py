@@ -34,6 +34,17 @@ class Item:
         """What is due, in order of ticks."""
         return self.script.expected
 
+    @property
+    def asked(self) -> int:
+        """The sample at which the first request was over, said or typed."""
+        typed = self.script.typed
+        return typed[0][0] * TICK_SAMPLES if typed else self.spans[0][1]
+
+    @property
+    def later_spans(self) -> tuple[tuple[int, int], ...]:
+        """Those after the first request."""
+        return self.spans if self.script.typed else self.spans[1:]
+
     def without_media(self) -> Self:
         """The same without its sound and pictures, which are most of its memory."""
         return replace(self, chunks=())
@@ -50,10 +61,15 @@ class Item:
 
 
 def make_items(
-    seed: int, split: Split, tasks: Sequence[str], num_items: int, bank: SpeechBank
+    seed: int,
+    split: Split,
+    tasks: Sequence[str],
+    num_items: int,
+    bank: SpeechBank,
+    typed: float = 0.0,
 ) -> Iterator[Item]:
     """The first ``num_items`` interactions of each task, made as they are asked for."""
     for task in tasks:
-        stream = interactions(seed, split, bank=bank, tasks=[task], num=num_items)
+        stream = interactions(seed, split, bank=bank, tasks=[task], num=num_items, typed=typed)
         for index, made in enumerate(stream):
             yield Item.of(task, index, made, bank)

@@ -31,6 +31,7 @@ class Report:
 
     player: str
     split: str
+    typed: float
     seed: int
     num_items: int
     engines: tuple[str, ...]
@@ -52,7 +53,10 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""
         return {
-            **{name: getattr(self, name) for name in ("player", "split", "seed", "num_items")},
+            **{
+                name: getattr(self, name)
+                for name in ("player", "split", "typed", "seed", "num_items")
+            },
             "engines": list(self.engines),
             "scores": {name: score.to_dict() for name, score in self.scores.items()},
             "wall_s": round(self.wall_s, 3),

@@ -16,7 +16,8 @@ LATE_TICKS: Final = 9
 
 def _mark(item: Item, played: Played) -> Mark:
     found = match(played.words, item.expected, EARLY_TICKS, LATE_TICKS)
-    engine = item.script.spoken[0].voice.engine
+    spoken = item.script.spoken
+    engine = spoken[0].voice.engine if spoken else "typed"
     facts = {**timing_facts(found), "said": [one.text for one in played.words]}
     return Mark(float(found.is_right), engine, facts=facts)
 

@@ -25,7 +25,7 @@ def _mark(item: Item, played: Played) -> Mark:
     said = [one.text for one in words]
     begin = item.expected[0].tick
     is_begun = bool(words) and -1 <= words[0].start - begin <= _LATE_TICKS
-    start = item.spans[1][0] if len(item.spans) > 1 else None
+    start = item.later_spans[0][0] if item.later_spans else None
     # An answer that is due to be over before the user speaks is not interrupted.
     if start is None or tick_at(start) > item.expected[-1].tick + 1:
         is_right = is_begun and said[: len(wanted)] == wanted and len(said) == len(wanted)

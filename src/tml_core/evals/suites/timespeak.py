@@ -26,7 +26,7 @@ def _mark(item: Item, played: Played) -> Mark:
     found = match(played.words, item.expected, WINDOW_TICKS, WINDOW_TICKS)
     group = item.task
     if item.task == "timer":
-        asked = (item.expected[0].tick + 1) * TICK_SAMPLES - item.spans[0][1]
+        asked = (item.expected[0].tick + 1) * TICK_SAMPLES - item.asked
         group = f"timer {asked // SAMPLE_RATE:02d} s"
     return Mark(float(found.is_right), group, facts=timing_facts(found))
 

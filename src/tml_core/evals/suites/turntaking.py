@@ -14,12 +14,15 @@ from tml_core.evals.item import Item
 from tml_core.evals.played import Played, heard_s
 from tml_core.evals.suite import Mark, Suite
 from tml_core.media.audio_file import SAMPLE_RATE
+from tml_core.media.micro_turns import TICK_SAMPLES
 
 __all__ = ["SUITE"]
 
 
 def _mark(item: Item, played: Played) -> Mark:
-    end_s = max(end for _, end in item.spans) / SAMPLE_RATE
+    ends = [end for _, end in item.spans]
+    ends += [tick * TICK_SAMPLES for tick, _ in item.script.typed]
+    end_s = max(ends) / SAMPLE_RATE
     if not played.words:
         return Mark(None, item.task, facts={"latency_s": None, "is_early": None})
     latency_s = heard_s(played.words[0].start) - end_s
