@@ -8,6 +8,7 @@
 
 #include "cuda/lent.h"
 #include "ops/attn_prologue.h"
+#include "ops/attn_prologue_packed.h"
 #include "ops/copy_pages.h"
 #include "ops/dmel_embed.h"
 #include "ops/embed.h"
@@ -70,6 +71,11 @@ void dmel_embed_bwd(const DmelEmbedBwdParams& p, const Launch& launch);
 std::size_t sconv_norm_bwd_workspace_bytes(const SconvNormBwdParams& p);
 void sconv_norm_bwd(const SconvNormBwdParams& p, const Launch& launch);
 
+// bf16 alone, head_dim a multiple of 16 up to 128: K and V are attn_prologue's bits, gradients
+// those of the CPU for the same operands.
+void attn_prologue_packed(const AttnProloguePackedParams& p, const Launch& launch);
+std::size_t attn_prologue_packed_bwd_workspace_bytes(const AttnProloguePackedBwdParams& p);
+void attn_prologue_packed_bwd(const AttnProloguePackedBwdParams& p, const Launch& launch);
 // Of the logits that router left. top_k of it at least 1.
 std::size_t router_bwd_workspace_bytes(const RouterBwdParams& p);
 void router_bwd(const RouterBwdParams& p, const Launch& launch);

@@ -253,6 +253,141 @@ TML_TEST(cuda_router_bwd_is_the_op) {
   check_router_bwd<std::uint16_t>(1100, 16, 5, 0, 2, false);
 }
 
+struct Prologue {
+  std::int64_t heads, kv_heads, dim, d_rel, tokens, width, stride;
+  std::vector<std::int32_t> cu;
+  std::vector<std::uint16_t> qkvr, q_norm, k_norm;
+  std::vector<float> k_conv, v_conv;
+
+  Prologue(std::vector<std::int32_t> bounds, std::int64_t h, std::int64_t kv, std::int64_t d,
+           std::int64_t rel)
+      : heads(h),
+        kv_heads(kv),
+        dim(d),
+        d_rel(rel),
+        tokens(bounds.back()),
+        width(h * (d + rel) + 2 * kv * d),
+        stride(width + 3),
+        cu(std::move(bounds)),
+        qkvr(random_values<std::uint16_t>(tokens * stride, 1)),
+        q_norm(random_values<std::uint16_t>(d, 2)),
+        k_norm(random_values<std::uint16_t>(d, 3)),
+        k_conv(random_values<float>(kv * d * 4, 4)),
+        v_conv(random_values<float>(kv * d * 4, 5)) {}
+
+  PackedPrologue in(float log_floor) const {
+    return {qkvr.data(),   k_conv.data(),
+            v_conv.data(), q_norm.data(),
+            k_norm.data(), cu.data(),
+            stride,        static_cast<std::int64_t>(cu.size()) - 1,
+            tokens,        heads,
+            kv_heads,      dim,
+            d_rel,         1e-6f,
+            log_floor,     0.1f,
+            DType::kBf16,  1};
+  }
+};
+
+// Against attn_prologue over fresh slots, one page a sequence.
+void check_prologue_packed(const Prologue& x, float log_floor) {
+  const auto num_seqs = static_cast<std::int64_t>(x.cu.size()) - 1;
+  const std::int64_t channels = x.kv_heads * x.dim;
+  auto q = poisoned<std::uint16_t>(x.tokens * x.heads * x.dim), paged_q = q;
+  auto r = poisoned<std::uint16_t>(x.tokens * x.heads * x.d_rel), paged_r = r;
+  auto k = poisoned<std::uint16_t>(x.tokens * channels), v = k;
+  cuda::attn_prologue_packed({x.in(log_floor), q.data(), k.data(), v.data(), r.data()},
+                             host_launch());
+  std::vector<std::uint16_t> pages(static_cast<std::size_t>(num_seqs * channels * 256));
+  std::vector<std::uint16_t> rows(static_cast<std::size_t>(num_seqs * 3 * 2 * channels));
+  std::vector<std::int32_t> table, slots;
+  for (std::int32_t s = 0; s < num_seqs; ++s) {
+    table.push_back(s);
+    slots.push_back(s);
+  }
+  const std::vector<std::int64_t> start(static_cast<std::size_t>(num_seqs), 0);
+  AttnPrologueParams p{};
+  p.qkvr = x.qkvr.data();
+  p.k_conv = x.k_conv.data();
+  p.v_conv = x.v_conv.data();
+  p.q_norm = x.q_norm.data();
+  p.k_norm = x.k_norm.data();
+  p.q = paged_q.data();
+  p.r = paged_r.data();
+  p.batch = {x.cu.data(), slots.data(), start.data(), nullptr, static_cast<std::int32_t>(num_seqs),
+             x.tokens};
+  p.pages.pages = pages.data();
+  p.pages.page_stride = channels * 256;
+  p.pages.head_stride = x.dim * 256;
+  p.pages.table = table.data();
+  p.pages.table_row_stride = 1;
+  p.pages.num_kv_heads = static_cast<std::int32_t>(x.kv_heads);
+  p.pages.head_dim = static_cast<std::int32_t>(x.dim);
+  p.k_rows = {rows.data(), 6 * channels, 2 * channels};
+  p.v_rows = {rows.data() + channels, 6 * channels, 2 * channels};
+  p.qkvr_row_stride = x.stride;
+  p.num_heads = x.heads;
+  p.d_rel = x.d_rel;
+  p.eps = 1e-6f;
+  p.log_floor = log_floor;
+  p.log_alpha = 0.1f;
+  p.dtype = DType::kBf16;
+  cuda::attn_prologue(p, host_launch());
+  TML_CHECK(same_bits(q, paged_q));
+  TML_CHECK(same_bits(r, paged_r));
+  for (std::int64_t s = 0; s < num_seqs; ++s)
+    for (std::int64_t t = x.cu[static_cast<std::size_t>(s)];
+         t < x.cu[static_cast<std::size_t>(s + 1)]; ++t)
+      for (std::int64_t c = 0; c < channels; ++c) {
+        const std::int64_t page =
+            s * channels * 256 + c / x.dim * x.dim * 256 +
+            cuda::page_offset(t - x.cu[static_cast<std::size_t>(s)], c % x.dim, x.dim);
+        const auto at = static_cast<std::size_t>(t * channels + c);
+        TML_CHECK_EQUAL(k[at], pages[static_cast<std::size_t>(page)]);
+        TML_CHECK_EQUAL(v[at], pages[static_cast<std::size_t>(page + 128 * x.dim)]);
+      }
+}
+
+void check_prologue_bwd(const Prologue& x, float log_floor) {
+  const std::int64_t channels = x.kv_heads * x.dim;
+  const auto dq = random_values<std::uint16_t>(x.tokens * x.heads * x.dim, 11);
+  const auto dk = random_values<std::uint16_t>(x.tokens * channels, 12);
+  const auto dv = random_values<std::uint16_t>(x.tokens * channels, 13);
+  const auto dr = random_values<std::uint16_t>(x.tokens * x.heads * x.d_rel, 14);
+  std::vector<std::uint16_t> dqkvr[2], dq_norm[2], dk_norm[2];
+  std::vector<float> dk_conv[2], dv_conv[2];
+  for (int i = 0; i < 2; ++i) {
+    dqkvr[i] = poisoned<std::uint16_t>(x.tokens * x.width);
+    dq_norm[i] = dk_norm[i] = poisoned<std::uint16_t>(x.dim);
+    dk_conv[i] = dv_conv[i] = poisoned<float>(channels * 4);
+    const AttnProloguePackedBwdParams p{x.in(log_floor),   dq.data(),         dk.data(),
+                                        dv.data(),         dr.data(),         dqkvr[i].data(),
+                                        dk_conv[i].data(), dv_conv[i].data(), dq_norm[i].data(),
+                                        dk_norm[i].data()};
+    if (i == 0)
+      with_workspace(
+          cuda::attn_prologue_packed_bwd_workspace_bytes(p),
+          [&](const cuda::Launch& launch) { cuda::attn_prologue_packed_bwd(p, launch); });
+    else
+      cpu::attn_prologue_packed_bwd(p);
+  }
+  TML_CHECK(same_bits(dqkvr[0], dqkvr[1]));
+  TML_CHECK(same_bits(dk_conv[0], dk_conv[1]));
+  TML_CHECK(same_bits(dv_conv[0], dv_conv[1]));
+  TML_CHECK(same_bits(dq_norm[0], dq_norm[1]));
+  TML_CHECK(same_bits(dk_norm[0], dk_norm[1]));
+}
+
+TML_TEST(cuda_attn_prologue_packed_is_what_serving_does) {
+  check_prologue_packed(Prologue({0, 0, 1, 4, 19}, 4, 2, 64, 8), 5.0f);
+  check_prologue_packed(Prologue({0, 6}, 3, 1, 128, 5), 0.0f);
+}
+
+TML_TEST(cuda_attn_prologue_packed_bwd_is_the_op) {
+  check_prologue_bwd(Prologue({0, 0, 1, 4, 19}, 4, 2, 64, 16), 5.0f);
+  check_prologue_bwd(Prologue({0, 6}, 3, 1, 128, 5), 0.0f);
+  check_prologue_bwd(Prologue({0, 510, 515, 530}, 1, 1, 16, 4), 100.0f);
+}
+
 TML_TEST(cuda_gradients_refuse_a_small_workspace) {
   RmsNormBwdParams p{};
   p.num_rows = 4;
