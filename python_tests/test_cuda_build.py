@@ -36,6 +36,7 @@ needs_cuobjdump = pytest.mark.skipif(
 EXPECTED = {
     "gemm/linear_bf16_n8.cu": (["HGMMA.64x8x16.F32.BF16", "UBLKCP", "LDGSTS", "ACQBULK"], 128),
     "gemm/linear_bf16_n256.cu": (["HGMMA.64x256x16.F32.BF16", "UBLKCP", "USETMAXREG"], 168),
+    "gemm/wgrad_bf16.cu": (["HGMMA.64x128x16.F32.BF16", "UBLKCP", "USETMAXREG"], 168),
     "gemm/moe_swiglu_n16.cu": (["HGMMA.64x16x16.F32.BF16", "UBLKCP", "LDGSTS", "MOVM"], 128),
     "gemm/session_attn_d64.cu": (["HMMA.16816.F32.BF16", "UBLKCP", "LDSM"], 255),
     "sconv_norm.cu": (["ACQBULK"], 80),
