@@ -48,7 +48,7 @@ class Vocoder(Protocol):
 
     def push(self, mel_FM: Mel | torch.Tensor) -> Pcm:
         """float32 [F * hop] in [-1, 1] for log10 frames float32 [F, M]; after a start the first
-        ``delay`` samples are zeros."""
+        ``delay`` samples come before the sound: nothing, then what its first window reaches."""
 
     def push_together(
         self, states: Sequence[VocoderState | None], mel_RFM: NDArray[np.float32]
