@@ -57,7 +57,7 @@ def test_a_recipe_names_data_that_can_be_made_and_stages_that_can_run(
     file = tmp_path / "recipe.toml"
     file.write_text(recipe.text)
     stages = read_stages(file)
-    assert [stage.name for stage in stages] == ["listen", "interact"]
+    assert [stage.name for stage in stages] == ["listen", "act", "interact"]
     for stage in stages:
         paths = {*stage.config.data.paths, str(stage.config.eval.path)}
         assert {str(Path(path).relative_to(tmp_path)) for path in paths} <= made
