@@ -135,6 +135,9 @@ def test_realtime_feeds_at_the_pace_of_the_clock(
         (["--top-p", "2"], "top_p: expected more than 0 and at most 1, got 2.0"),
         (["--seed", "-1"], "seed: expected an unsigned 64-bit integer, got -1"),
         (["--transcript", "no/such/dir"], "transcript: cannot write no/such/dir"),
+        (["--type", "hello"], "type: expected SECONDS:TEXT, got 'hello'"),
+        (["--type", "nan:hello"], "type: expected SECONDS:TEXT, got 'nan:hello'"),
+        (["--type", "-1:hello"], "type: expected SECONDS:TEXT, got '-1:hello'"),
         (["--out", "reply.wav"], "out: this model has no audio-out head, it does not speak"),
     ],
 )
@@ -242,3 +245,19 @@ def test_a_run_is_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         == 0
     )
     assert (tmp_path / "r.png").stat().st_size > 5000
+
+
+@pytest.mark.usefixtures("loaded")
+def test_what_is_typed_comes_in_its_tick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.jsonl"
+    words = ["run", "--max-ticks", "4", "--transcript", str(path), "--type", "0.45:two: three"]
+    assert call(*words, "--type", "0.2:one", "--type", "0.5:four", monkeypatch=monkeypatch) == 0
+    ticks = [one for one in map(json.loads, path.read_text().splitlines()) if one["type"] == "tick"]
+    assert [one["in"]["text"] for one in ticks] == [None, "one", "two: three four", None]
+    capsys.readouterr()
+    assert call("run", "--max-ticks", "2", "--type", "9:late", monkeypatch=monkeypatch) == 2
+    assert (
+        "type: the recording ended after 0.4 s, before 'late' was typed" in capsys.readouterr().err
+    )

@@ -43,6 +43,10 @@ def run(
     max_ticks: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many micro-turns.")
     ] = None,
+    typed: Annotated[
+        list[str] | None,
+        typer.Option("--type", help="SECONDS:TEXT, what the user types then; again for more."),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="Instructions before the first tick.")] = None,
     dtype: _Dtype = "bfloat16",
     transcript: Annotated[
@@ -82,6 +86,7 @@ def run(
             seed=seed,
             sampling=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p),
             max_ticks=max_ticks,
+            typed=tuple(typed or ()),
             dtype=dtype,
             system=system,
             transcript=transcript,

@@ -2,9 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -20,7 +20,7 @@ from tml_core.cli.timeline import TickView, Totals, footer, header, job_line, pl
 from tml_core.engine.model import Model, load_model
 from tml_core.engine.sampler import SamplingParams
 from tml_core.errors import InvalidArgument
-from tml_core.layout.chunk import as_chunk
+from tml_core.layout.chunk import Chunk, as_chunk
 from tml_core.layout.events import AudioChunk, Notice, Silence, TextToken, ToolCall
 from tml_core.media.clips import clips
 from tml_core.media.micro_turns import TICK_MS, MicroTurn, micro_turns
@@ -36,7 +36,8 @@ __all__ = ["RunOptions", "run_live"]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What to feed to which model, and how. Without sound and video the bundled clip is fed."""
+    """What to feed to which model, and how. Without sound and video the bundled clip is fed.
+    ``typed``: what the user types, each as "SECONDS:TEXT"."""
 
     model: str = "nano"
     audio: Path | None = None
@@ -45,6 +46,7 @@ class RunOptions:
     seed: int = 0
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_ticks: int | None = None
+    typed: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     system: str | None = None
     transcript: Path | None = None
@@ -57,6 +59,7 @@ class RunOptions:
 
 def run_live(options: RunOptions, console: Console) -> Totals:
     """Run the feed to its end, or to a Ctrl-C, which is passed on after the totals are shown."""
+    typed = _typed(options.typed)
     feed = _open_feed(options)
     with ExitStack() as stack:
         log = None
@@ -93,7 +96,7 @@ def run_live(options: RunOptions, console: Console) -> Totals:
         try:
             if runner is not None:
                 _attach(session, runner, options.delegate, view)
-            _run(session, feed.ticks, options.is_realtime, view, runner)
+            _run(session, _with_text(feed.ticks, typed), options.is_realtime, view, runner)
         finally:
             view.close()
         return view.totals
@@ -121,6 +124,36 @@ def _open_feed(options: RunOptions) -> _Feed:
     names = [one.name for one in (audio, video) if one is not None]
     pace = "at the pace of the recording" if options.is_realtime else "as fast as it goes"
     return _Feed(ticks, media_ms, f"{' and '.join(names)}, {pace}")
+
+
+def _typed(given: Sequence[str]) -> dict[int, str]:
+    """What is typed in which tick."""
+    by_tick: dict[int, str] = {}
+    for one in given:
+        at, colon, text = one.partition(":")
+        try:
+            at_ms = round(1000 * float(at)) if colon and text else -1
+        except (ValueError, OverflowError):
+            at_ms = -1
+        if at_ms < 0:
+            raise InvalidArgument(f"type: expected SECONDS:TEXT, got {one!r}")
+        tick = at_ms // TICK_MS
+        by_tick[tick] = f"{by_tick[tick]} {text}" if tick in by_tick else text
+    return by_tick
+
+
+def _with_text(ticks: Iterator[MicroTurn], typed: Mapping[int, str]) -> Iterator[Chunk]:
+    """The feed with what is typed meanwhile. Raises InvalidArgument for what comes after its end:
+    nothing is lost in silence."""
+    index = -1
+    for index, micro_turn in enumerate(ticks):
+        chunk = as_chunk(micro_turn)
+        yield replace(chunk, text=typed[index]) if index in typed else chunk
+    if late := sorted(tick for tick in typed if tick > index):
+        raise InvalidArgument(
+            f"type: the recording ended after {(index + 1) * TICK_MS / 1000} s, before "
+            f"{typed[late[0]]!r} was typed at {late[0] * TICK_MS / 1000} s"
+        )
 
 
 def _opened(path: Path) -> TextIO:
@@ -161,7 +194,7 @@ def _attach(
 
 def _run(
     session: Session,
-    ticks: Iterator[MicroTurn],
+    chunks: Iterator[Chunk],
     is_realtime: bool,
     view: "_View",
     runner: "BackgroundRunner | None" = None,
@@ -169,12 +202,11 @@ def _run(
     start_s = time.perf_counter()
     is_ticking = session.model.config.interaction is not None
     index = -1
-    for index, micro_turn in enumerate(ticks):
+    for index, chunk in enumerate(chunks):
         if is_realtime:
             # 200 ms of sound are there when they have passed.
             due_s = start_s + (index + 1) * TICK_MS / 1000
             time.sleep(max(0.0, due_s - time.perf_counter()))
-        chunk = as_chunk(micro_turn)
         result = session.append(chunk).result()
         view.show(TickView(index, chunk, result), session, time.perf_counter() - start_s)
     if runner is not None:
