@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,9 +71,9 @@ def test_a_run_hears_it_altered_anew_in_each_step(
     with Trainer(config, half_a_second) as trainer:
         run = trainer.model.run
 
-        def listen(batch: PackedBatch) -> ModelOutput:
+        def listen(batch: PackedBatch, **options: Any) -> ModelOutput:
             heard.append(batch.bins)
-            return run(batch)
+            return run(batch, **options)
 
         monkeypatch.setattr(trainer, "_run_model", listen)
         trainer.run()
